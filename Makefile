@@ -1,0 +1,57 @@
+# The daily commands. Each sets up what it needs: Python 3.10 or newer with venv, and gcc.
+PYTHON ?= python3
+VENV   ?= .venv
+
+PY      := $(VENV)/bin/python
+READY   := $(VENV)/.ready
+BUILT   := $(VENV)/.built
+C_FILES := $(shell find csrc -name '*.[ch]' -not -name dlpack.h -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py $(shell find csrc -type f)
+
+.PHONY: build demo test bench format lint sanitize mutants wheel wheel-matrix clean
+
+build: $(BUILT)
+
+demo: build                  ## a causal video model, dense and sparse from one noise; pictures in demo/
+	$(PY) -m lightforcing demo
+
+test: lint                   ## lint, every test, the README's code and the notebooks
+	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=300
+
+bench: build                 ## CPU speed against torch, into benchmarks/results
+	$(PY) benchmarks/cpu.py
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(C_FILES)
+
+lint: build
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_FILES)
+
+sanitize: build              ## the whole suite under AddressSanitizer and UBSan, log in benchmarks/results
+	$(PY) scripts/sanitize.py
+
+mutants: build               ## seeded faults, each of which the suite must catch
+	$(PY) tests/mutants/run.py
+
+wheel: $(READY)              ## one cp310-abi3 wheel in dist/
+	$(PY) scripts/wheel_matrix.py --build-only
+
+wheel-matrix: $(READY)       ## that wheel on CPython 3.10 to 3.13 with old and new NumPy
+	$(PY) scripts/wheel_matrix.py
+
+clean:
+	rm -rf build dist demo lightforcing.egg-info lightforcing/*.so
+
+# The pinned tools of pyproject's `dev` extra, and this tree as an editable install.
+$(READY): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(BUILT): $(SOURCES) $(READY)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
