@@ -1,0 +1,82 @@
+/* The two process-wide settings of the CPU operators: instruction set and threads.
+ *
+ * Both are atomics that an operator reads once at its start, so a change from another
+ * Python thread takes effect between calls, never inside one. */
+#include "isa.h"
+#include "../lightforcing.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+static const char *const NAMES[LF_ISA_COUNT] = {
+    [LF_ISA_SCALAR] = "scalar",
+    [LF_ISA_VECTOR] = "vector",
+    [LF_ISA_AVX2] = "avx2",
+    [LF_ISA_AVX512] = "avx512",
+};
+
+static atomic_int forced_isa = -1;    // -1: the best one
+static atomic_int asked_threads = 0;  // 0: OpenMP's default
+
+static lf_isa_level best_isa(void)
+{
+#if defined(__x86_64__)
+    unsigned a, b, c = 0, d;
+    // GCC 10's __builtin_cpu_supports() does not know "f16c"; whether the system saves
+    // the wide registers is in its answer for "avx2" and "avx512f".
+    const int has_f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!has_avx2 || !has_f16c) return LF_ISA_VECTOR;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return LF_ISA_AVX512;
+    return LF_ISA_AVX2;
+#else
+    return LF_ISA_VECTOR;
+#endif
+}
+
+lf_isa_level lf_isa_active(void)
+{
+    const int forced = atomic_load_explicit(&forced_isa, memory_order_relaxed);
+    return forced < 0 ? best_isa() : (lf_isa_level)forced;
+}
+
+const char *lf_isa(void) { return NAMES[lf_isa_active()]; }
+
+/* NULL goes back to the best level of this processor. */
+int lf_force_isa(const char *name)
+{
+    int level = -1;
+
+    if (name) {
+        level = (int)best_isa();
+        while (level >= 0 && strcmp(name, NAMES[level]) != 0) level--;
+        if (level < 0) return -1;
+    }
+    atomic_store_explicit(&forced_isa, level, memory_order_relaxed);
+    return 0;
+}
+
+void lf_set_threads(int threads)
+{
+    atomic_store_explicit(&asked_threads, threads > 0 ? threads : 0, memory_order_relaxed);
+}
+
+int lf_threads(void)
+{
+    const int asked = atomic_load_explicit(&asked_threads, memory_order_relaxed);
+#ifdef _OPENMP
+    return asked > 0 ? asked : omp_get_max_threads();
+#else
+    (void)asked;
+    return 1;
+#endif
+}
