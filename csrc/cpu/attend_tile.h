@@ -1,0 +1,337 @@
+/* One tile of attention in GCC vector code: the body of attend_vector.c, attend_avx2.c and
+ * attend_avx512.c. The including file defines
+ *
+ *   VEC      floats of a vector                 ROWS   rows of a micro-kernel
+ *   TILE_FN  static, inlined, with the target   ENGINE the lf_attend_engine to define
+ *   vf, vi   VEC floats, VEC int32 (may_alias)  vec_splat  vec_fma  vec_max  vec_any
+ *   widen_f16(const uint16_t *, float *, n)
+ *
+ * Everything runs along the queries: a vector holds VEC queries, a panel 2 VEC of them.
+ * No horizontal sum is needed, K and V are read as they lie, and only Q and O, which are
+ * touched once a tile, change their layout:
+ *
+ *   q, o [panels][dim][LANES]      s [KEY_STEP][LANES]      k, v [KEY_STEP][LD]
+ *
+ * For each KEY_STEP keys of the list, copied (and widened) into k and v, and for each panel:
+ * s = k q, the running maximum and sum, s = exp2(s - max), o = o alpha + v^T s. k and v stay
+ * in L2, s and the panel in L1. Bound by the FMA units: a micro-kernel keeps 2 ROWS sums in
+ * registers and needs 2 loads and ROWS broadcasts for 2 ROWS FMAs. */
+#include "attend.h"
+
+enum {
+    LANES = 2 * VEC,
+    KEY_STEP = 128,
+    PANELS = (LF_ATTEND_MAX_ROWS + LANES - 1) / LANES,
+};
+
+typedef struct {
+    vf most[2], sum[2];  // of the logits so far, in units of log 2
+} softmax_state;
+
+typedef struct {
+    float *q, *o;          // [PANELS][dim][LANES]
+    softmax_state *state;  // [PANELS]
+    float *s;              // [KEY_STEP][LANES]
+    float *k, *v;          // [KEY_STEP][ld]
+    int64_t ld;
+} workspace;
+
+/* Rows of a buffer that are a power of two apart would share a few L1 sets: one line more. */
+static int64_t leading(int64_t dim) { return dim + 16; }
+
+static int64_t work_floats(int64_t dim)
+{
+    return PANELS * (2 * dim * LANES + (int64_t)(sizeof(softmax_state) / sizeof(float))) +
+           KEY_STEP * (LANES + 2 * leading(dim));
+}
+
+static workspace divide(float *work, int64_t dim)
+{
+    workspace w = {.ld = leading(dim)};
+    w.q = work;
+    w.o = w.q + PANELS * dim * LANES;
+    w.state = (softmax_state *)(w.o + PANELS * dim * LANES);
+    w.s = (float *)(w.state + PANELS);
+    w.k = w.s + KEY_STEP * LANES;
+    w.v = w.k + KEY_STEP * w.ld;
+    return w;
+}
+
+/* ---- rows in and out ------------------------------------------------------------------ */
+
+TILE_FN void widen(const void *data, lf_dtype dtype, int64_t offset, float *to, int64_t n)
+{
+    if (dtype == LF_F32) {
+        memcpy(to, (const float *)data + offset, (size_t)n * sizeof *to);
+    } else if (dtype == LF_F16) {
+        widen_f16((const uint16_t *)data + offset, to, n);
+    } else {
+        const uint16_t *from = (const uint16_t *)data + offset;
+        for (int64_t i = 0; i < n; i++) to[i] = lf_float_of_bf16(from[i]);
+    }
+}
+
+/* The next keys and values of the list, KEY_STEP unless it ends: their number. */
+TILE_FN int64_t gather(const lf_attend_tile *tile, lf_key_cursor *at, const workspace *w)
+{
+    const lf_attend_params *p = tile->p;
+    int64_t n = 0, start, count;
+
+    while (n < KEY_STEP && (count = lf_next_keys(tile, at, KEY_STEP - n, &start)) > 0) {
+        int64_t k = lf_row_offset(&p->k, tile->b, tile->h, start);
+        int64_t v = lf_row_offset(&p->v, tile->b, tile->h, start);
+        for (int64_t end = n + count; n < end; n++, k += p->k.token, v += p->v.token) {
+            widen(p->k.data, p->dtype, k, w->k + n * w->ld, p->dim);
+            widen(p->v.data, p->dtype, v, w->v + n * w->ld, p->dim);
+        }
+    }
+    return n;
+}
+
+/* Panels of the tile's queries, times scale / log 2; lanes past the last row are 0. */
+TILE_FN void load_queries(const lf_attend_tile *tile, const workspace *w)
+{
+    const lf_attend_params *p = tile->p;
+    const float factor = (float)(p->scale * 1.44269504088896340736);
+    float row[LF_ATTEND_MAX_DIM];
+
+    memset(w->q, 0, (size_t)(PANELS * p->dim * LANES) * sizeof *w->q);
+    for (int64_t i = 0; i < tile->rows; i++) {
+        float *q = w->q + i / LANES * p->dim * LANES + i % LANES;  // [dim][LANES]
+        widen(p->q.data, p->dtype, lf_row_offset(&p->q, tile->b, tile->h, tile->row + i), row,
+              p->dim);
+        for (int64_t d = 0; d < p->dim; d++) q[d * LANES] = factor * row[d];
+    }
+}
+
+TILE_FN void store_outputs(const lf_attend_tile *tile, const workspace *w)
+{
+    const lf_attend_params *p = tile->p;
+    float *lse = p->lse ? p->lse + (tile->b * p->heads + tile->h) * p->q_len + tile->row : NULL;
+
+    for (int64_t i = 0; i < tile->rows; i++) {
+        const float *o = w->o + i / LANES * p->dim * LANES + i % LANES;  // [dim][LANES]
+        const float *most = (const float *)w->state[i / LANES].most;     // [LANES]
+        const float sum = ((const float *)w->state[i / LANES].sum)[i % LANES];
+        const int64_t to = lf_row_offset(&p->out, tile->b, tile->h, tile->row + i);
+        for (int64_t d = 0; d < p->dim; d++)  // no key: zeros, and log 0 below
+            lf_store(p->out.data, p->dtype, to + d, sum == 0.0f ? 0.0f : o[d * LANES] / sum);
+        if (lse) lse[i] = (float)(most[i % LANES] * 0.693147180559945309417 + log((double)sum));
+    }
+}
+
+/* ---- arithmetic ----------------------------------------------------------------------- */
+
+/* 2^x for x <= 0: exactly 1 at 0, 0 below -126.5, NaN for NaN, else within 0.7 ulp. */
+TILE_FN vf exp2_negative(vf x)
+{
+    const vf shift = vec_splat(0x1.8p23f + 127.0f);  // the low bits then hold round(x) + 127
+    const vf clamped = vec_max(vec_splat(-127.0f), x);
+    const vf shifted = clamped + shift;
+    const vf f = clamped - (shifted - shift);  // in [-1/2, 1/2]
+    vf y = vec_splat(0x1.41fbbcp-13f);
+    y = vec_fma(y, f, vec_splat(0x1.5f3e54p-10f));
+    y = vec_fma(y, f, vec_splat(0x1.3b2d4cp-7f));
+    y = vec_fma(y, f, vec_splat(0x1.c6aee8p-5f));
+    y = vec_fma(y, f, vec_splat(0x1.ebfbdcp-3f));
+    y = vec_fma(y, f, vec_splat(0x1.62e430p-1f));
+    y = vec_fma(y, f, vec_splat(1.0f));
+    return y * (vf)((vi)shifted << 23);
+}
+
+/* s[rows][LANES] = k[rows][dim] q[dim][LANES]; most[2] rises to their maximum. */
+TILE_FN void scores_of_rows(int rows, const float *k, int64_t ld, const float *q, int64_t dim,
+                            float *s, vf *most)
+{
+    vf sum[ROWS][2];
+
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = vec_splat(0.0f);
+    for (int64_t d = 0; d < dim; d++) {
+        const vf *x = (const vf *)(q + d * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            const vf y = vec_splat(k[i * ld + d]);
+            sum[i][0] = vec_fma(y, x[0], sum[i][0]);
+            sum[i][1] = vec_fma(y, x[1], sum[i][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+        vf *to = (vf *)(s + i * LANES);
+        to[0] = sum[i][0];
+        to[1] = sum[i][1];
+        most[0] = vec_max(sum[i][0], most[0]);  // a NaN is passed over here, and found later
+        most[1] = vec_max(sum[i][1], most[1]);
+    }
+}
+
+/* o[rows][LANES] = o alpha + v[n][rows]^T s[n][LANES]. The step's sum starts at zero: adding
+ * to the long sum once a step instead of once a key keeps its rounding error down. */
+TILE_FN void values_of_rows(int rows, const float *v, int64_t ld, const float *s, int64_t n,
+                            const vf *alpha, float *o)
+{
+    vf sum[ROWS][2];
+
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = vec_splat(0.0f);
+    for (int64_t j = 0; j < n; j++) {
+        const vf *x = (const vf *)(s + j * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            const vf y = vec_splat(v[j * ld + i]);
+            sum[i][0] = vec_fma(y, x[0], sum[i][0]);
+            sum[i][1] = vec_fma(y, x[1], sum[i][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+        vf *to = (vf *)(o + i * LANES);
+        to[0] = vec_fma(to[0], alpha[0], sum[i][0]);
+        to[1] = vec_fma(to[1], alpha[1], sum[i][1]);
+    }
+}
+
+/* Rows of the next micro-kernel: ROWS, but the last two share a remainder, since one or two
+ * rows alone would wait for the latency of their FMAs. */
+static inline int64_t next_rows(int64_t left)
+{
+    return left <= ROWS ? left : left >= 2 * ROWS ? ROWS : (left + 1) / 2;
+}
+
+TILE_FN void scores(const float *k, int64_t ld, int64_t n, const float *q, int64_t dim, float *s,
+                    vf *most)
+{
+    for (int64_t j = 0, rows; j < n; j += rows, k += rows * ld, s += rows * LANES) {
+        switch (rows = next_rows(n - j)) {
+#if ROWS == 8
+        case 8: scores_of_rows(8, k, ld, q, dim, s, most); break;
+        case 7: scores_of_rows(7, k, ld, q, dim, s, most); break;
+#endif
+        case 6: scores_of_rows(6, k, ld, q, dim, s, most); break;
+        case 5: scores_of_rows(5, k, ld, q, dim, s, most); break;
+        case 4: scores_of_rows(4, k, ld, q, dim, s, most); break;
+        case 3: scores_of_rows(3, k, ld, q, dim, s, most); break;
+        case 2: scores_of_rows(2, k, ld, q, dim, s, most); break;
+        default: scores_of_rows(1, k, ld, q, dim, s, most); break;
+        }
+    }
+}
+
+/* dim is a multiple of 8: next_rows() makes 6, 5, 4 and 8 of it. */
+TILE_FN void values(const float *v, int64_t ld, int64_t n, const float *s, int64_t dim,
+                    const vf *alpha, float *o)
+{
+    for (int64_t d = 0, rows; d < dim; d += rows, v += rows, o += rows * LANES) {
+        switch (rows = next_rows(dim - d)) {
+#if ROWS == 8
+        case 8: values_of_rows(8, v, ld, s, n, alpha, o); break;
+#endif
+        case 6: values_of_rows(6, v, ld, s, n, alpha, o); break;
+        case 5: values_of_rows(5, v, ld, s, n, alpha, o); break;
+        default: values_of_rows(4, v, ld, s, n, alpha, o); break;
+        }
+    }
+}
+
+/* s = exp2(s - most), given the maximum of s and what was before: the new state, and in
+ * alpha the factor of everything summed so far. */
+TILE_FN softmax_state exponentials(float *s, int64_t n, const vf *most, const softmax_state *before,
+                                   vf *alpha)
+{
+    softmax_state after;
+    vf sum[2] = {vec_splat(0.0f), vec_splat(0.0f)};
+
+    for (int i = 0; i < 2; i++) {
+        after.most[i] = most[i];
+        alpha[i] = exp2_negative(before->most[i] - most[i]);
+    }
+    for (int64_t j = 0; j < n; j++) {
+        vf *x = (vf *)(s + j * LANES);
+        x[0] = exp2_negative(x[0] - most[0]);
+        x[1] = exp2_negative(x[1] - most[1]);
+        sum[0] += x[0];
+        sum[1] += x[1];
+    }
+    for (int i = 0; i < 2; i++) after.sum[i] = vec_fma(before->sum[i], alpha[i], sum[i]);
+    return after;
+}
+
+/* True when some logit overflowed. The largest exponential is exactly 1, so a sum below 1 or
+ * NaN that was no NaN before tells of an infinite or NaN logit, as does a lowest maximum. */
+TILE_FN int overflowed(const softmax_state *before, const softmax_state *after)
+{
+    int any = 0;
+    for (int i = 0; i < 2; i++) {
+        const vi sound = (after->sum[i] >= 1.0f) & (after->most[i] > -0x1.fffffep127f);
+        any |= vec_any(~sound & (before->sum[i] == before->sum[i]));
+    }
+    return any;
+}
+
+/* Replaces what is not finite in a panel of logits by the definition: summed in double,
+ * clamped to the finite floats. Rare, and never a change to a finite logit. */
+static void repair(const lf_attend_tile *tile, int64_t panel, const float *k, int64_t ld, int64_t n,
+                   float *s)
+{
+    const lf_attend_params *p = tile->p;
+    const double factor = p->scale * 1.44269504088896340736;
+
+    for (int64_t i = panel * LANES; i < tile->rows && i < (panel + 1) * LANES; i++) {
+        const int64_t q = lf_row_offset(&p->q, tile->b, tile->h, tile->row + i);
+        for (int64_t j = 0; j < n; j++) {
+            float *x = s + j * LANES + i % LANES;
+            double sum = 0.0;
+            if (isfinite(*x)) continue;
+            for (int64_t d = 0; d < p->dim; d++)
+                sum += (double)lf_load(p->q.data, p->dtype, q + d) * k[j * ld + d];
+            *x = lf_clamp_logit(factor * sum);
+        }
+    }
+}
+
+/* The panel's share of n gathered keys. */
+TILE_FN void step(const lf_attend_tile *tile, const workspace *w, int64_t panel, int64_t n)
+{
+    const int64_t dim = tile->p->dim;
+    const float *q = w->q + panel * dim * LANES;
+    const softmax_state before = w->state[panel];
+    softmax_state after;
+    vf most[2] = {before.most[0], before.most[1]}, alpha[2];
+
+    scores(w->k, w->ld, n, q, dim, w->s, most);
+    after = exponentials(w->s, n, most, &before, alpha);
+    if (__builtin_expect(overflowed(&before, &after), 0)) {
+        scores(w->k, w->ld, n, q, dim, w->s, most);
+        repair(tile, panel, w->k, w->ld, n, w->s);
+        for (int i = 0; i < 2; i++) {
+            most[i] = before.most[i];
+            for (int64_t j = 0; j < n; j++)
+                most[i] = vec_max(((const vf *)(w->s + j * LANES))[i], most[i]);
+        }
+        after = exponentials(w->s, n, most, &before, alpha);
+    }
+    values(w->v, w->ld, n, w->s, dim, alpha, w->o + panel * dim * LANES);
+    w->state[panel] = after;
+}
+
+TILE_RUN static void run(const lf_attend_tile *tile, float *work)
+{
+    const workspace w = divide(work, tile->p->dim);
+    const int64_t panels = lf_ceil_div(tile->rows, LANES);
+    lf_key_cursor at = lf_first_key(tile);
+    int64_t n;
+
+    load_queries(tile, &w);
+    memset(w.o, 0, (size_t)(panels * tile->p->dim * LANES) * sizeof *w.o);
+    for (int64_t i = 0; i < panels; i++)
+        for (int half = 0; half < 2; half++) {
+            w.state[i].most[half] = vec_splat(-0x1.fffffep127f);
+            w.state[i].sum[half] = vec_splat(0.0f);
+        }
+    while ((n = gather(tile, &at, &w)) > 0)
+        for (int64_t i = 0; i < panels; i++) step(tile, &w, i, n);
+    store_outputs(tile, &w);
+}
+
+const lf_attend_engine ENGINE = {work_floats, run};
