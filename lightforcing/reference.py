@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+# A mass below this is nothing in float32 (a few subnormals times 128 rows).
+FLOAT32_FLOOR = 1e-36
 
 
 def as_float64(x) -> np.ndarray:
@@ -198,7 +200,7 @@ def block_scores(
             p = np.exp(logits - np.where(np.isfinite(top), top, 0))
             p /= p.sum(axis=-1, keepdims=True)
             scores = _reduce_pairs(p * n_a[:, None], rows, columns, np.add)
-            tolerance = tolerance * scores
+            tolerance = np.maximum(tolerance * scores, FLOAT32_FLOOR)
     return np.where(bad, np.nan, scores), tolerance
 
 

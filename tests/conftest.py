@@ -1,0 +1,98 @@
+"""Hypothesis profiles, the processor's instruction sets, and the count of generated cases."""
+
+from pathlib import Path
+
+import cases
+import hypothesis
+import pytest
+
+from lightforcing import _core
+
+# `ci` is the same on every machine and every run; `explore` (--hypothesis-profile=explore)
+# looks for new cases.
+common = dict(deadline=None, database=None, print_blob=True)
+hypothesis.settings.register_profile("ci", derandomize=True, **common)
+hypothesis.settings.register_profile("explore", derandomize=False, **common)
+hypothesis.settings.load_profile("ci")
+
+
+def _available(names):
+    default = _core.isa()
+    try:
+        for name in names:
+            try:
+                _core.force_isa(name)
+            except (ValueError, NotImplementedError):
+                continue
+            yield name
+    finally:
+        _core.force_isa(default)
+
+
+ISAS = list(_available(["scalar", "vector", "avx2", "avx512"]))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Run the test once for each instruction set that this machine has."""
+    default = _core.isa()
+    _core.force_isa(request.param)
+    yield request.param
+    _core.force_isa(default)
+
+
+@pytest.fixture
+def each_isa():
+    """Yield the name of each instruction set with it in force."""
+
+    def switch():
+        for name in ISAS:
+            _core.force_isa(name)
+            yield name
+
+    default = _core.isa()
+    yield switch
+    _core.force_isa(default)
+
+
+@pytest.fixture
+def each_thread_count():
+    """Yield 1, 2, 3 and 7 threads in turn: results must not depend on it."""
+
+    def switch():
+        for count in 1, 2, 3, 7:
+            _core.set_threads(count)
+            yield count
+
+    yield switch
+    _core.set_threads(0)
+
+
+# ---- a full run must have generated enough cases --------------------------------------
+
+_partial = False  # deselected tests (-k, -m): the count means nothing
+
+
+def pytest_deselected(items):
+    global _partial
+    _partial = _partial or bool(items)
+
+
+def _is_full(session):
+    here = Path(__file__).parent
+    names = {p.name for p in here.glob("test_*.py") if "@generated(" in p.read_text()}
+    collected = {item.path.name for item in session.items}
+    single = any("::" in argument for argument in session.config.args)
+    return names <= collected and not (_partial or single or session.shouldstop)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    total = sum(cases.RAN.values())
+    if exitstatus == pytest.ExitCode.OK and _is_full(session) and total < cases.ENOUGH:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    total = sum(cases.RAN.values())
+    if total:
+        terminalreporter.write_line(f"hypothesis cases: {total} (a full run needs {cases.ENOUGH})")
