@@ -1,0 +1,32 @@
+/* What the CUDA half of this build is and what it finds: chips embedded, driver, runtime, devices.
+ *
+ * runtime_probe_kernel exists so that the build path (nvcc, static runtime, link, import without a
+ * GPU) is exercised by every build; lf_cuda_versions() asks for its attributes, which fails with a
+ * plain status where there is no driver or no code for the chip. */
+#include "../lightforcing.h"
+#include <cuda_runtime.h>
+
+namespace {
+
+__global__ void runtime_probe_kernel(int *out) { *out = int(blockIdx.x); }
+
+}  // namespace
+
+extern "C" int lf_cuda_built(void) { return 1; }
+
+extern "C" const char *lf_cuda_archs(void) { return LF_CUDA_ARCHS; }
+
+/* 0, or the cudaError_t of the first question that failed (35: no driver, or one too old). */
+extern "C" int lf_cuda_versions(int *driver, int *runtime, int *devices)
+{
+    *driver = *runtime = *devices = 0;
+    cudaError_t status = cudaRuntimeGetVersion(runtime);
+    if (status == cudaSuccess) status = cudaDriverGetVersion(driver);
+    if (status == cudaSuccess) status = cudaGetDeviceCount(devices);
+    if (status == cudaSuccess && *devices > 0) {
+        cudaFuncAttributes attributes;
+        status = cudaFuncGetAttributes(&attributes, runtime_probe_kernel);
+    }
+    if (status != cudaSuccess) (void)cudaGetLastError();
+    return int(status);
+}

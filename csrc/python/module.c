@@ -1,0 +1,92 @@
+/* lightforcing._core: the module, and what it says of its own build. */
+#include "ops.h"
+#define PY_ARRAY_UNIQUE_SYMBOL lf_array_api
+#include <numpy/arrayobject.h>
+#include <string.h>
+
+static PyObject *py_threads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyLong_FromLong(lf_threads());
+}
+
+/* set_threads(n): threads of every CPU operator; 0 is OpenMP's default. */
+static PyObject *py_set_threads(PyObject *Py_UNUSED(module), PyObject *count)
+{
+    int64_t threads;
+
+    if (lf_integer(count, "threads", 0, 1024, &threads) < 0) return NULL;
+    lf_set_threads((int)threads);
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *py_isa(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    return PyUnicode_FromString(lf_isa());
+}
+
+/* force_isa(name): "scalar", "vector", "avx2" or "avx512"; "best" undoes it. */
+static PyObject *py_force_isa(PyObject *Py_UNUSED(module), PyObject *name)
+{
+    const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, NULL) : NULL;
+
+    if (!text) {
+        PyErr_Clear();
+        return PyErr_Format(PyExc_TypeError, "isa: expected a name, got %R", name);
+    }
+    if (lf_force_isa(strcmp(text, "best") == 0 ? NULL : text) < 0)
+        return PyErr_Format(
+            PyExc_ValueError,
+            "isa: expected 'best' or one that this processor and build have, got %R", name);
+    return Py_NewRef(Py_None);
+}
+
+/* build_info() -> dict of what this binary holds and what its CUDA half finds. */
+static PyObject *py_build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    int driver, runtime, devices;
+    const int status = lf_cuda_versions(&driver, &runtime, &devices);
+
+    return Py_BuildValue("{s:s,s:i,s:O,s:s,s:i,s:i,s:i,s:i}", "isa", lf_isa(), "threads",
+                         lf_threads(), "cuda_built", lf_cuda_built() ? Py_True : Py_False,
+                         "cuda_archs", lf_cuda_archs(), "cuda_status", status, "cuda_driver",
+                         driver, "cuda_runtime", runtime, "cuda_devices", devices);
+}
+
+#define LF_FAST(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
+
+static PyMethodDef methods[] = {
+    LF_FAST(cag_schedule),
+    LF_FAST(compress),
+    LF_FAST(select_plan),
+    LF_FAST(select_blocks),
+    LF_FAST(block_sparse_attention),
+    LF_FAST(lists_to_bool),
+    LF_FAST(lists_to_csr),
+    LF_FAST(bool_to_lists),
+    {"threads", py_threads, METH_NOARGS, NULL},
+    {"set_threads", py_set_threads, METH_O, NULL},
+    {"isa", py_isa, METH_NOARGS, NULL},
+    {"force_isa", py_force_isa, METH_O, NULL},
+    {"build_info", py_build_info, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int exec_module(PyObject *Py_UNUSED(module)) { return PyArray_ImportNumPyAPI(); }
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec_module},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "lightforcing._core",
+    .m_doc = "The C core of lightforcing; use the functions of `lightforcing`.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,71 @@
+"""Array kinds: torch, NumPy, and anything else with ``__dlpack__``, without importing any of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def is_torch(x: Any) -> bool:
+    """True for a torch tensor; never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def ready(x: Any, name: str) -> Any:
+    """The tensor itself, once the facts that DLPack does not carry are checked."""
+    if not is_torch(x):
+        return x
+    torch = sys.modules["torch"]
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor without grad, got one that requires it; lightforcing is "
+            "for inference: call it under torch.no_grad() or detach first"
+        )
+    if x.is_neg() or x.is_conj():
+        raise ValueError(f"{name}: expected plain values, got a lazy negative or conjugate view")
+    return x.detach() if x.requires_grad else x
+
+
+def allocator(like: Any) -> Callable[[tuple[int, ...], str], Any]:
+    """``empty(shape, dtype name)`` of the kind, and on the device, of ``like``."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return lambda shape, dtype: torch.empty(
+            shape, dtype=getattr(torch, dtype), device=like.device
+        )
+    return _numpy_empty
+
+
+def _numpy_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        raise TypeError("out: expected one to be given, since NumPy has no bfloat16 to return")
+    return np.empty(shape, dtype)
+
+
+def like(result: Any, model: Any) -> Any:
+    """A NumPy result as the kind of ``model``: torch on its device, or its array namespace."""
+    if not isinstance(result, np.ndarray) or isinstance(model, np.ndarray):
+        return result
+    if is_torch(model):
+        return sys.modules["torch"].from_numpy(result).to(model.device)
+    if hasattr(model, "__array_namespace__"):
+        return model.__array_namespace__().from_dlpack(result)
+    return result
+
+
+def to_numpy(x: Any, name: str) -> np.ndarray:
+    """A NumPy view of a tensor on the CPU; from other devices a copy."""
+    if isinstance(x, np.ndarray):
+        return x
+    if is_torch(x):
+        return x.detach().cpu().numpy()
+    if hasattr(x, "__dlpack__"):
+        return np.from_dlpack(x)
+    raise TypeError(
+        f"{name}: expected a torch tensor, a NumPy array or an object with __dlpack__, "
+        f"got {type(x).__name__}"
+    )

@@ -1,0 +1,139 @@
+"""Builds the one extension, ``lightforcing._core``: C for the CPU and, where there is nvcc, CUDA.
+
+No torch is imported. Environment:
+    LIGHTFORCING_NO_CUDA=1       build the CPU half only, even when nvcc is found
+    LIGHTFORCING_CUDA_ARCHS      chips to embed, such as "80 90a" (default: ARCHS below)
+    LIGHTFORCING_SANITIZE=1      AddressSanitizer and UndefinedBehaviorSanitizer in the C half
+    LIGHTFORCING_WERROR=1        compiler warnings are errors
+    MAX_JOBS                     compilers at once (default: the processors of this machine)
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# 90a code runs on Hopper only; compute_80 PTX lets any later chip run the portable kernels.
+ARCHS = "80 86 89 90a 100 120"
+COMMON = sorted(str(p) for p in Path("csrc/common").glob("*.c"))
+SOURCES = sorted(str(p) for d in ("csrc/cpu", "csrc/python") for p in Path(d).glob("*.c"))
+CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h")) + sorted(
+    str(p) for p in Path("csrc").rglob("*.cuh")
+)
+
+
+def asked(name):
+    """True when the environment variable is set to anything but nothing, 0 or false."""
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
+
+
+def find_nvcc():
+    """The nvcc of CUDA_HOME, CUDA_PATH or PATH; None when there is none or it is not wanted."""
+    if asked("LIGHTFORCING_NO_CUDA"):
+        return None
+    for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if root and (nvcc := Path(root) / "bin" / "nvcc").is_file():
+            return str(nvcc)
+    return shutil.which("nvcc")
+
+
+def cudart_folder(nvcc):
+    """Folder of libcudart_static.a, which nvcc itself names (its own symlink may lie elsewhere)."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    for line in said.stderr.splitlines():
+        if line.startswith("#$ TOP="):
+            top = Path(os.path.normpath(line.removeprefix("#$ TOP=")))
+            for folder in (top / "lib64", top / "lib", top / "targets/x86_64-linux/lib"):
+                if (folder / "libcudart_static.a").is_file():
+                    return str(folder)
+    raise SystemExit(f"{nvcc} names no folder with libcudart_static.a; set LIGHTFORCING_NO_CUDA=1")
+
+
+class BuildCore(build_ext):
+    """Compiles csrc/cuda with nvcc, several files at once, and links the objects in."""
+
+    def build_extension(self, ext):
+        """Build one extension, with the CUDA half when nvcc is there."""
+        nvcc = find_nvcc()
+        if nvcc and CUDA:
+            ext.extra_objects = self.compile_cuda(nvcc)
+            ext.library_dirs.append(cudart_folder(nvcc))
+            ext.libraries += ["cudart_static", "dl", "rt", "pthread", "stdc++"]
+            ext.define_macros.append(("LF_CUDA_BUILT", "1"))
+            ext.sources = [s for s in ext.sources if not s.endswith("no_cuda.c")]
+        super().build_extension(ext)
+
+    def compile_cuda(self, nvcc):
+        """Every .cu to an object, in parallel; an object newer than all sources is kept."""
+        out = Path(self.build_temp) / "cuda"
+        out.mkdir(parents=True, exist_ok=True)
+        archs = os.environ.get("LIGHTFORCING_CUDA_ARCHS", ARCHS).split()
+        newest = max(Path(p).stat().st_mtime for p in [*HEADERS, "setup.py"])
+
+        def compile_one(source):
+            target = out / (Path(source).stem + ".o")
+            if target.exists() and target.stat().st_mtime > max(newest, Path(source).stat().st_mtime):
+                return str(target)
+            chips = [a for a in archs if a == "90a" or not source.endswith("_sm90.cu")]
+            flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chips]
+            if not source.endswith("_sm90.cu"):
+                flags.append("-gencode=arch=compute_80,code=compute_80")
+            command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            command += [f'-DLF_CUDA_ARCHS="{" ".join(archs)}"', "-Xptxas", "-v"]
+            command += [*flags, "-c", source, "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            (out / (Path(source).stem + ".ptxas.log")).write_text(done.stderr)
+            if done.returncode:
+                raise SystemExit(f"nvcc failed on {source}:\n{done.stderr}")
+            return str(target)
+
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(compile_one, CUDA))
+
+
+def numpy_include():
+    """NumPy's headers; the build asks for NumPy 2, whose ABI also serves 1.23 and later."""
+    import numpy
+
+    return numpy.get_include()
+
+
+def core():
+    """The extension: limited API 3.10, NumPy target 1.23, OpenMP, no -march flag."""
+    # No contraction: an FMA stands only where the source says so, so every build selects alike.
+    flags = ["-std=gnu11", "-O3", "-g1", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags += ["-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
+    link = ["-fopenmp"]
+    if asked("LIGHTFORCING_WERROR"):
+        flags.append("-Werror")
+    if asked("LIGHTFORCING_SANITIZE"):
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        flags += [*sanitize, "-O1", "-fno-omit-frame-pointer"]
+        link += sanitize
+    return Extension(
+        "lightforcing._core",
+        sources=COMMON + SOURCES,
+        depends=HEADERS,
+        include_dirs=["csrc", numpy_include()],
+        define_macros=[
+            ("Py_LIMITED_API", "0x030A0000"),
+            ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION"),
+            ("NPY_NO_DEPRECATED_API", "NPY_1_23_API_VERSION"),
+        ],
+        extra_compile_args=flags,
+        extra_link_args=link,
+        py_limited_api=True,
+    )
+
+
+setup(
+    ext_modules=[core()],
+    cmdclass={"build_ext": BuildCore},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
