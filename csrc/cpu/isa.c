@@ -25,7 +25,9 @@ static const char *const NAMES[LF_ISA_COUNT] = {
 static atomic_int forced_isa = -1;    // -1: the best one
 static atomic_int asked_threads = 0;  // 0: OpenMP's default
 
-static lf_isa_level best_isa(void)
+static atomic_int best_known = -1;  // cpuid leaves a virtual machine: asked once, not a call
+
+static lf_isa_level find_best_isa(void)
 {
 #if defined(__x86_64__)
     unsigned a, b, c = 0, d;
@@ -41,6 +43,16 @@ static lf_isa_level best_isa(void)
 #else
     return LF_ISA_VECTOR;
 #endif
+}
+
+static lf_isa_level best_isa(void)
+{
+    int best = atomic_load_explicit(&best_known, memory_order_relaxed);
+    if (best < 0) {
+        best = (int)find_best_isa();
+        atomic_store_explicit(&best_known, best, memory_order_relaxed);
+    }
+    return (lf_isa_level)best;
 }
 
 lf_isa_level lf_isa_active(void)

@@ -147,20 +147,23 @@ static void log_sum_exp(const geometry *g, float *logits, int64_t rows, double *
     for (int64_t j = 0; j < g->blocks; j++) {
         int64_t first, last;
         float highest = -INFINITY;
-        double sum = 0;
         block_parts(g, j, &first, &last);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t b = first; b < last; b++)
                 highest = fmaxf(highest, logits[i * g->stride + b]);
-        if (highest == -INFINITY) {
-            scores[j] = -INFINITY;
-            continue;
-        }
-        for (int64_t i = 0; i < rows; i++) {
-            lf_exp_shifted(logits + i * g->stride + first, last - first, highest);
+        scores[j] = highest;
+        if (highest == -INFINITY) highest = 0;
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t b = first; b < last; b++) logits[i * g->stride + b] -= highest;
+    }
+    for (int64_t i = 0; i < rows; i++) lf_exp_shifted(logits + i * g->stride, g->parts, 0);
+    for (int64_t j = 0; j < g->blocks; j++) {
+        int64_t first, last;
+        double sum = 0;
+        block_parts(g, j, &first, &last);
+        for (int64_t i = 0; i < rows; i++)
             for (int64_t b = first; b < last; b++) sum += logits[i * g->stride + b];
-        }
-        scores[j] = highest + log(sum);
+        scores[j] += log(sum);
     }
 }
 
