@@ -149,9 +149,11 @@ int lf_attend_cpu(const lf_attend_params *p, lf_error *err);
 void lf_set_threads(int threads);
 int lf_threads(void);
 
-/* The instruction set the CPU operators run on: "scalar", "vector" (SSE2 or NEON), "avx2",
- * "avx512"; lf_force_isa(NULL) undoes a choice and returns -1 for one that is not to be had. */
+/* The instruction set the CPU operators run on: "scalar", "vector" (SSE2 or NEON), "avx2" or
+ * "avx512". lf_isa_name(0), (1) ... names what this processor and build have, then gives NULL.
+ * lf_force_isa() chooses one of those, NULL the best again; -1: not to be had. */
 const char *lf_isa(void);
+const char *lf_isa_name(int level);
 int lf_force_isa(const char *name);
 
 /* 1 when the CUDA half is in this build; the chips it holds code for, such as "80 90a". */

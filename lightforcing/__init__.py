@@ -21,7 +21,7 @@ from .ops import (
 from .schedule import Schedule, cag_schedule
 
 _NEED_TORCH = {"patch", "patched", "dense", "Handle", "handle_of", "register_adapter"}
-_NEED_TORCH |= {"Adapter", "Call", "DenseFallback"}
+_NEED_TORCH |= {"Adapter", "Call", "StrictError"}
 
 __all__ = [
     "PRESETS",
@@ -29,9 +29,9 @@ __all__ = [
     "BlockList",
     "Call",
     "Config",
-    "DenseFallback",
     "Handle",
     "Schedule",
+    "StrictError",
     "__version__",
     "attention",
     "block_sparse_attention",

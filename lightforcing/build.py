@@ -14,14 +14,15 @@ from ._version import __version__
 def info() -> dict[str, Any]:
     """Facts of this build and machine, as plain values.
 
-    Keys: ``version``; ``isa`` and ``threads`` of the CPU operators; ``cuda_built`` (a CUDA half is
+    Keys: ``version``; ``binary``, the extension's path; ``isa`` that the CPU operators run on,
+    ``isas`` to be had here, ``threads``; ``cuda_built`` (a CUDA half is
     in the binary), ``cuda_kernels`` (it holds attention kernels), ``cuda_archs``, ``cuda_status``
     (CUDA's error number when asked for devices, 0 if none), ``cuda_driver``, ``cuda_runtime`` (as
     CUDA counts: 13000 is 13.0), ``cuda_devices``; ``numpy`` and ``torch`` versions, ``torch`` None
     while it is not imported.
     """
     torch = sys.modules.get("torch")
-    facts = {"version": __version__, **_core.build_info()}
+    facts = {"version": __version__, "binary": _core.__file__, **_core.build_info()}
     facts["cuda_kernels"] = False
     facts["cuda_archs"] = facts["cuda_archs"].split()
     facts["numpy"] = np.__version__

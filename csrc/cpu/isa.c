@@ -61,6 +61,11 @@ lf_isa_level lf_isa_active(void)
     return forced < 0 ? best_isa() : (lf_isa_level)forced;
 }
 
+const char *lf_isa_name(int level)
+{
+    return level >= 0 && level <= (int)best_isa() ? NAMES[level] : NULL;
+}
+
 const char *lf_isa(void) { return NAMES[lf_isa_active()]; }
 
 /* NULL goes back to the best level of this processor. */

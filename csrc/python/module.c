@@ -45,11 +45,25 @@ static PyObject *py_build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(
 {
     int driver, runtime, devices;
     const int status = lf_cuda_versions(&driver, &runtime, &devices);
+    PyObject *isas = PyList_New(0), *result = NULL;
 
-    return Py_BuildValue("{s:s,s:i,s:O,s:s,s:i,s:i,s:i,s:i}", "isa", lf_isa(), "threads",
-                         lf_threads(), "cuda_built", lf_cuda_built() ? Py_True : Py_False,
-                         "cuda_archs", lf_cuda_archs(), "cuda_status", status, "cuda_driver",
-                         driver, "cuda_runtime", runtime, "cuda_devices", devices);
+    if (!isas) return NULL;
+    for (int level = 0; lf_isa_name(level); level++) {
+        PyObject *name = PyUnicode_FromString(lf_isa_name(level));
+        if (!name || PyList_Append(isas, name) < 0) {
+            Py_XDECREF(name);
+            goto done;
+        }
+        Py_DECREF(name);
+    }
+    result = Py_BuildValue("{s:s,s:O,s:i,s:O,s:s,s:i,s:i,s:i,s:i}", "isa", lf_isa(), "isas", isas,
+                           "threads", lf_threads(), "cuda_built",
+                           lf_cuda_built() ? Py_True : Py_False, "cuda_archs", lf_cuda_archs(),
+                           "cuda_status", status, "cuda_driver", driver, "cuda_runtime", runtime,
+                           "cuda_devices", devices);
+done:
+    Py_DECREF(isas);
+    return result;
 }
 
 #define LF_FAST(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
