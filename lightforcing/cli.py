@@ -1,0 +1,208 @@
+"""Command line: ``python -m lightforcing info|doctor|selftest|explain|demo|bench``.
+
+Each command imports what it needs when it runs, so ``info`` works without torch and
+``explain`` without a compiler. Exit codes: 0 done, 1 the answer is "something is broken",
+2 a wrong argument or a missing package, said in one sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+
+
+class Stop(Exception):
+    """Ends a command with a sentence for the user and exit code 2."""
+
+
+def need(module: str, extra: str, purpose: str):
+    """Import an optional package, or stop with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Stop(
+            f"{purpose} needs {module.partition('.')[0]}: pip install 'lightforcing[{extra}]'"
+        ) from error
+
+
+def show(options, value, text) -> None:
+    """Print ``value`` as JSON when asked to, else the text for people."""
+    print(json.dumps(value, indent=2) if options.json else text)
+
+
+# ---- commands ------------------------------------------------------------------------
+
+
+def info(options) -> int:
+    """Print what this build is."""
+    from . import doctor
+
+    facts = doctor.facts()
+    width = max(map(len, facts))
+    show(options, facts, "\n".join(f"{k:<{width}}  {doctor.said(v)}" for k, v in facts.items()))
+    return 0
+
+
+def diagnose(options) -> int:
+    """Check the build, the drivers and the packages; exit 1 when something is broken."""
+    from . import doctor
+
+    checks = doctor.checks()
+    healthy = all(c["state"] != "broken" for c in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check['state']:<8} {check['name']:<10} {check['found']}")
+        if check["advice"]:
+            lines.append(f"{'':<19} {check['advice']}")
+    lines.append("healthy" if healthy else "broken: see above")
+    show(options, {"healthy": healthy, "checks": checks}, "\n".join(lines))
+    return 0 if healthy else 1
+
+
+def selftest(options) -> int:
+    """Compare every operator with the float64 reference; exit 1 when one is off."""
+    from . import selftest as checks
+
+    report = None if options.json else lambda row: print(checks.line(row), flush=True)
+    rows = checks.run(seconds=options.seconds, seed=options.seed, report=report)
+    failed = [r for r in rows if not r["ok"]]
+    done = f"{len(rows) - len(failed)} of {len(rows)} checks passed (seed {options.seed})"
+    show(options, {"ok": not failed, "seed": options.seed, "checks": rows}, done)
+    return 1 if failed else 0
+
+
+def settings(options):
+    """The preset with the numbers given on the command line."""
+    import lightforcing as lf
+
+    config = lf.Config.preset(options.preset, sparsity=options.sparsity)
+    return config if options.window is None else config.replace(window=options.window)
+
+
+def explain(options) -> int:
+    """Print the schedule chunk by chunk, and draw it with ``--plot``."""
+    from .report import plan
+
+    page = plan(
+        settings(options),
+        num_frames=options.num_frames,
+        frames_per_chunk=options.frames_per_chunk,
+        frame_tokens=options.frame_tokens,
+        attention_share=options.attention_share,
+    )
+    if options.plot:
+        need("matplotlib", "viz", "--plot")
+        from . import plots
+
+        plots.schedule(page, options.plot)
+    show(options, page.to_dict(), str(page))
+    return 0
+
+
+def demo(options) -> int:
+    """Roll the small causal model out, dense and sparse, and write what came out."""
+    need("torch", "models", "demo")
+    for module in ("imageio", "imageio_ffmpeg", "PIL", "tqdm"):
+        need(module, "viz", "demo")
+    from . import demo as film
+
+    result = film.run(options)
+    show(options, result, film.summary(result))
+    return 0
+
+
+def bench(options) -> int:
+    """Time dense and sparse attention on this CPU."""
+    from . import bench as clock
+
+    result = clock.run(options)
+    show(options, result, clock.text(result))
+    return 0
+
+
+# ---- arguments -----------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """An argument that is an integer >= 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    top = argparse.ArgumentParser(
+        prog="lightforcing",
+        description="Light Forcing: block-sparse attention for autoregressive video diffusion.",
+    )
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+
+    def add(name, run):
+        brief = run.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=brief, description=brief)
+        command.add_argument("--json", action="store_true", help="print JSON for a machine")
+        command.set_defaults(run=run)
+        return command
+
+    def add_plan(command):
+        command.add_argument("--preset", default="balanced", help="default: %(default)s")
+        command.add_argument("--sparsity", type=float, help="one number instead of the preset's")
+        command.add_argument("--window", type=positive, help="resident frames at most")
+
+    add("info", info)
+    add("doctor", diagnose)
+
+    command = add("selftest", selftest)
+    command.add_argument("--seconds", type=float, default=20, help="budget; default: %(default)s")
+    command.add_argument("--seed", type=int, default=0)
+
+    command = add("explain", explain)
+    add_plan(command)
+    command.add_argument(
+        "--num-frames", type=positive, default=21, help="latent frames; default: 21"
+    )
+    command.add_argument("--frames-per-chunk", type=positive, default=3, help="default: 3")
+    command.add_argument(
+        "--frame-tokens", type=positive, default=1560, help="default: 1560 (480x832)"
+    )
+    command.add_argument(
+        "--attention-share",
+        type=float,
+        metavar="SHARE",
+        help="measured share of a dense step that is self-attention, 0 to 1",
+    )
+    command.add_argument("--plot", metavar="FILE", help="draw it as PNG, SVG or PDF")
+
+    command = add("demo", demo)
+    add_plan(command)
+    command.add_argument(
+        "--num-frames", type=positive, default=21, help="latent frames; default: 21"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the weights and the noise")
+    command.add_argument("--out", default="demo", metavar="FOLDER", help="default: ./demo")
+    command.add_argument("--small", action="store_true", help="a quarter of the tokens, seconds")
+
+    command = add("bench", bench)
+    command.add_argument("--seconds", type=float, default=30, help="budget; default: %(default)s")
+    command.add_argument("--threads", type=positive, help="default: OpenMP's own choice")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    options = parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except (Stop, ValueError, TypeError, NotImplementedError) as error:
+        print(f"lightforcing {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,179 @@
+"""What this build is and what it found here: the answers of ``info`` and ``doctor``.
+
+Nothing here needs nvcc or a GPU, and torch is asked for its version without being imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
+
+import lightforcing as lf
+from lightforcing import _core
+
+ISAS = ("scalar", "vector", "avx2", "avx512")  # slowest first
+# The static CUDA runtime inside the build decides which drivers can load it.
+DRIVER_FLOOR = {12: "525", 13: "580"}
+REBUILD = "to build it: `pip install .` in a checkout with nvcc on PATH"
+
+
+def version(package: str) -> str | None:
+    """Installed version of a distribution, None when it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def facts() -> dict:
+    """``lf.info()`` with what surrounds it: Python, packages, variables."""
+    return {
+        **lf.info(),
+        "isas": available_isas(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "torch": version("torch"),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("LIGHTFORCING_")},
+    }
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this processor and this build have, slowest first."""
+    before, found = _core.isa(), []
+    for name in ISAS:
+        try:
+            _core.force_isa(name)
+        except ValueError:
+            continue
+        found.append(name)
+    _core.force_isa(before)
+    return found
+
+
+def said(value) -> str:
+    """A fact as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None or value == "" else str(value)
+
+
+def check(name: str, state: str, found: str, advice: str = "") -> dict:
+    """One finding; ``state`` is ok, missing (works without) or broken."""
+    return {"name": name, "state": state, "found": found, "advice": advice}
+
+
+def checks() -> list[dict]:
+    """Every finding, most basic first."""
+    return [
+        check("python", "ok", f"{platform.python_version()} at {sys.executable}"),
+        check("build", "ok", f"lightforcing {lf.__version__}, {_core.__file__}"),
+        processor(),
+        arithmetic(),
+        cuda(),
+        torch(),
+        *packages(),
+        switches(),
+    ]
+
+
+def processor() -> dict:
+    """Which CPU kernels run."""
+    facts = lf.info()
+    found = f"{facts['isa']} (has {' '.join(available_isas())}), {facts['threads']} threads"
+    if facts["isa"] == "scalar":
+        return check("cpu", "ok", found, "no SIMD kernel for this processor: correct but slow")
+    return check("cpu", "ok", found)
+
+
+def arithmetic() -> dict:
+    """One small attention against NumPy: a build that loads can still be wrong."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    q, k, v = (draw.standard_normal((1, n, 2, 64), np.float32) for n in (130, 390, 390))
+    logits = np.einsum("bqhd,bkhd->bhqk", q, k, dtype=np.float64) / 8
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    error = np.abs(lf.block_sparse_attention(q, k, v) - np.einsum("bhqk,bkhd->bqhd", weights, v))
+    worst = float(error.max())
+    if worst < 1e-5:
+        return check("ops", "ok", f"attention agrees with NumPy to {worst:.0e}")
+    advice = "run `python -m lightforcing selftest` and report what it prints"
+    return check("ops", "broken", f"attention differs from NumPy by {worst:.0e}", advice)
+
+
+def installed_driver() -> int:
+    """The CUDA version that the NVIDIA driver supports (13000 is 13.0), 0 without a driver."""
+    try:
+        driver, answer = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        driver.cuDriverGetVersion(ctypes.byref(answer))
+    except (OSError, AttributeError):
+        return 0
+    return answer.value
+
+
+def dotted(cuda_version: int) -> str:
+    """13000 as 13.0."""
+    return f"{cuda_version // 1000}.{cuda_version % 1000 // 10}"
+
+
+def cuda() -> dict:
+    """Whether the CUDA half is built, for which chips, and whether a driver can run it."""
+    facts, driver = lf.info(), installed_driver()
+    has_driver = f"a driver for CUDA {dotted(driver)}" if driver else "no driver"
+    if not facts["cuda_built"]:
+        return check("cuda", "missing", f"not built, {has_driver}: CPU tensors only", REBUILD)
+    runtime = facts["cuda_runtime"]
+    found = f"built for {said(facts['cuda_archs'])}, CUDA {dotted(runtime)}, {has_driver}"
+    if driver and driver // 1000 < runtime // 1000:
+        floor = DRIVER_FLOOR.get(runtime // 1000, "a newer one")
+        return check("cuda", "broken", found, f"install driver {floor} or newer, or {REBUILD}")
+    if driver and facts["cuda_status"]:
+        found = f"{found}, but CUDA answers error {facts['cuda_status']}"
+        return check("cuda", "broken", found, "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    if not facts["cuda_kernels"]:
+        return check("cuda", "missing", found, "this version has no CUDA kernels: CPU tensors only")
+    return check("cuda", "ok" if driver else "missing", f"{found}, {facts['cuda_devices']} GPUs")
+
+
+def torch() -> dict:
+    """Torch is optional: NumPy arrays and the schedule work without it."""
+    found = version("torch")
+    if found is None:
+        advice = "patch, the models and the demo need it: pip install 'lightforcing[models]'"
+        return check("torch", "missing", "not installed", advice)
+    return check("torch", "ok", found)
+
+
+def packages() -> list[dict]:
+    """NumPy, and the optional packages by the extra that brings them."""
+    rows = [check("numpy", "ok", version("numpy") or "unknown version")]
+    extras = {
+        "models": (["safetensors"], "loading *.safetensors weights"),
+        "viz": (["matplotlib", "imageio", "imageio-ffmpeg", "tqdm"], "demo, plots and notebooks"),
+    }
+    for extra, (names, purpose) in extras.items():
+        found = {n: version(n) for n in names}
+        absent = [n for n, v in found.items() if v is None]
+        if absent:
+            advice = f"for {purpose}: pip install 'lightforcing[{extra}]'"
+            rows.append(check(extra, "missing", f"no {', '.join(absent)}", advice))
+        else:
+            rows.append(check(extra, "ok", ", ".join(f"{n} {v}" for n, v in found.items())))
+    return rows
+
+
+def switches() -> dict:
+    """The environment variables that change what runs."""
+    variables = facts()["variables"]
+    if os.environ.get("LIGHTFORCING_DISABLE") == "1":
+        advice = "unset LIGHTFORCING_DISABLE to run sparse attention"
+        return check("variables", "ok", f"{said(variables)}: everything stays dense", advice)
+    return check("variables", "ok", f"LIGHTFORCING_*: {said(variables)}")

@@ -1,0 +1,145 @@
+"""Pictures of latents: labelled contact sheets, GIF and MP4, drawn with Pillow and imageio.
+
+Latents have 16 channels and no decoder is shipped, so a picture is a fixed linear projection
+of the channels to RGB: it shows structure and differences, not what a decoder would show.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imageio
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+INK, MUTED, PAPER = (28, 28, 30), (110, 110, 115), (255, 255, 255)
+GAP = 12
+
+
+class Palette:
+    """Latent channels to RGB, fitted to one video so that others can be shown the same way.
+
+    The projection is a seeded orthonormal 16 x 3 matrix. Colours are centred on the fitted
+    video's mean and stretched so that its 1st and 99th percentile fill the range.
+    """
+
+    def __init__(self, latents: np.ndarray) -> None:
+        """Fit the offset and the stretch to ``[F, C, h, w]`` latents."""
+        channels = latents.shape[1]
+        square = np.random.default_rng(3).standard_normal((channels, channels))
+        self.mix = np.linalg.qr(square)[0][:, :3]
+        mixed = self._mixed(latents)
+        self.middle = np.median(mixed, axis=(0, 1, 2))
+        low, high = np.percentile(mixed - self.middle, (1, 99))
+        self.reach = max(high, -low, 1e-6)
+        self.spread = max(float(latents.std(axis=(0, 2, 3), dtype=np.float64).mean()), 1e-6)
+
+    def _mixed(self, latents):
+        return np.einsum("fchw,cr->fhwr", latents.astype(np.float64), self.mix)
+
+    def frames(self, latents: np.ndarray) -> np.ndarray:
+        """``[F, C, h, w]`` latents as ``[F, h, w, 3]`` uint8."""
+        unit = (self._mixed(latents) - self.middle) / self.reach
+        return np.round(np.clip(0.5 + 0.5 * unit, 0, 1) * 255).astype(np.uint8)
+
+    def difference(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Distance of two videos at every latent pixel, ``[F, h, w, 3]`` grey.
+
+        White where they agree; black where the root mean square over the channels reaches the
+        fitted video's own spread, as between two pixels that have nothing to do with each other.
+        """
+        distance = np.sqrt(np.mean((a.astype(np.float64) - b) ** 2, axis=1))
+        grey = 1 - np.clip(distance / self.spread, 0, 1)
+        return np.repeat(np.round(grey * 255).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def font(size: int):
+    """Pillow's own scalable font: nothing is looked for on this machine."""
+    return ImageFont.load_default(size)
+
+
+def enlarge(frame: np.ndarray, scale: int) -> Image.Image:
+    """A frame ``scale`` times as large; every latent pixel stays a visible square."""
+    picture = Image.fromarray(frame)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+
+
+def write(draw, xy, text: str, *, size: int = 16, colour=INK, anchor: str = "lt") -> None:
+    """Text at a point; ``anchor`` as Pillow names it."""
+    draw.text(xy, text, font=font(size), fill=colour, anchor=anchor)
+
+
+def contact_sheet(
+    rows: dict[str, np.ndarray], columns: list[tuple[str, str]], title: str, note: str, scale: int
+) -> Image.Image:
+    """One picture of several videos: a row each, a column for each chosen frame.
+
+    Args:
+        rows: label, with an optional second line, -> ``[n, h, w, 3]`` uint8, one frame a column.
+        columns: heading and second line of each column.
+        title: first line.
+        note: small print below, lines split by newlines.
+        scale: pixels for a latent pixel.
+    """
+    height, width = (scale * n for n in next(iter(rows.values())).shape[1:3])
+    left, top = 150, 104
+    lines = note.split("\n")
+    size = (
+        left + len(columns) * (width + GAP) + GAP,
+        top + len(rows) * (height + GAP) + GAP + 22 * len(lines),
+    )
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    write(draw, (2 * GAP, 18), title, size=24)
+    for c, (heading, below) in enumerate(columns):
+        middle = left + c * (width + GAP) + width // 2
+        write(draw, (middle, 56), heading, size=17, anchor="mt")
+        write(draw, (middle, 78), below, size=15, colour=MUTED, anchor="mt")
+    for r, (label, frames) in enumerate(rows.items()):
+        y = top + r * (height + GAP)
+        name, _, detail = label.partition("\n")
+        write(draw, (2 * GAP, y + height // 2 - 4), name, size=18, anchor="lb")
+        write(draw, (2 * GAP, y + height // 2 + 4), detail, size=15, colour=MUTED)
+        for c, frame in enumerate(frames):
+            sheet.paste(enlarge(frame, scale), (left + c * (width + GAP), y))
+    for i, text in enumerate(lines):
+        y = top + len(rows) * (height + GAP) + 4 + 22 * i
+        write(draw, (2 * GAP, y), text, size=15, colour=MUTED)
+    return sheet
+
+
+def side_by_side(
+    videos: dict[str, np.ndarray], captions: list[str], scale: int
+) -> list[np.ndarray]:
+    """Frames of several videos beside each other, a title above each and a caption below."""
+    count, height, width = next(iter(videos.values())).shape[:3]
+    height, width = height * scale, width * scale
+    # Video codecs want even sides; multiples of 16 spare a second scaling.
+    size = (GAP + len(videos) * (width + GAP), 44 + height + 40)
+    size = tuple(-(-n // 16) * 16 for n in size)
+    frames = []
+    for f in range(count):
+        page = Image.new("RGB", size, PAPER)
+        draw = ImageDraw.Draw(page)
+        for i, (label, video) in enumerate(videos.items()):
+            x = GAP + i * (width + GAP)
+            write(draw, (x + width // 2, 14), label, size=18, anchor="mt")
+            page.paste(enlarge(video[f], scale), (x, 44))
+        write(draw, (GAP, 44 + height + 12), captions[f], size=16, colour=MUTED)
+        frames.append(np.asarray(page))
+    return frames
+
+
+def save_gif(path: Path, frames: list[np.ndarray], fps: float) -> None:
+    """An endless GIF with one palette for all frames, so that colours do not flicker."""
+    pages = [Image.fromarray(f) for f in frames]
+    shared = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 6)])).quantize(256)
+    pages = [p.quantize(palette=shared, dither=Image.Dither.NONE) for p in pages]
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=1000 / fps, loop=0)
+
+
+def save_mp4(path: Path, frames: list[np.ndarray], fps: float) -> None:
+    """An H.264 video that browsers play."""
+    with imageio.get_writer(path, fps=fps, codec="libx264", quality=8) as writer:
+        for frame in frames:
+            writer.append_data(frame)
