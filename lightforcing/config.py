@@ -1,0 +1,226 @@
+"""All settings of a patched model in one frozen value, and the presets by name."""
+
+import json
+import math
+import operator
+from dataclasses import asdict, dataclass, fields, replace
+
+from .schedule import LAWS
+
+SCORES = ("mean", "mass", "lse")
+
+# paper, paper-long: the published schedules and rule. The other three keep the same number of
+# blocks in every chunk and rank them by estimated attention mass, which lost 0.1 to 0.3 dB where
+# the paper's rule lost 2 to 3 dB at 12 % kept (small models, untuned weights).
+PRESETS = {
+    "paper": {"sparsity": 0.88, "base": 0.98, "law": "linear", "score": "mean", "hierarchy": True},
+    "paper-long": {
+        "sparsity": 0.85,
+        "base": 0.95,
+        "law": "linear",
+        "window": 12,
+        "score": "mean",
+        "hierarchy": True,
+        "keep_frames": 3,
+        "sink_frames": 1,
+        "near_frames": 1,
+    },
+    "quality": {"sparsity": 0.70, "law": "count", "score": "mass", "hierarchy": False},
+    "balanced": {"sparsity": 0.80, "law": "count", "score": "mass", "hierarchy": False},
+    "fast": {"sparsity": 0.88, "law": "count", "score": "mass", "hierarchy": False},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of :func:`lightforcing.patch`; the defaults are the preset ``balanced``.
+
+    Args:
+        sparsity: share of query-key pairs not attended, averaged over the chunks that are not
+            dense and weighted by resident frames; in [0, 1). 0 leaves every call dense.
+        base: sparsity that the growth laws approach; None is ``min(1, sparsity + 0.10)``.
+        law: ``linear``, ``exponential``, ``constant`` or ``count``, see :func:`cag_schedule`.
+        schedule: sparsity of every chunk, in place of the solved one.
+        num_frames: planned length in latent frames; None plans 21, or 63 with a window.
+        frames_per_chunk: None takes the model's ``num_frame_per_block``, else the shortest query
+            seen, else 3.
+        chunk_ends: frames of the video at the end of each planned chunk, when chunks differ.
+        dense_frames: calls with fewer frames before them are dense; None is frames_per_chunk, or
+            0 with a given schedule.
+        window: most resident frames; None takes the layer's ``local_attn_size`` if it is positive.
+        frame_tokens: tokens of a frame, for models whose layers are not told their grid.
+        score: how key blocks are ranked: ``mean``, ``mass`` or ``lse``.
+        hierarchy: choose frames first, then blocks inside them.
+        keep_frames: past frames that stay candidates for each query block (hierarchy only).
+        sink_frames: first frames that always are among them.
+        near_frames: last past frames that always are among them.
+        block_q: query rows that share one list; 16 to 128.
+        block_k: tokens of a key block; 16, 32, 64 or 128.
+        dense_layers: layers that stay dense, counted from 0; negative from the end.
+        dense_steps: denoising steps of a chunk that stay dense, counted from 0.
+        strict: raise where a call would stay dense for a reason nobody asked for.
+        timing: measure milliseconds of attention by layer and chunk (CPU tensors).
+        probe: query rows per sparse call whose recall is measured; 0 is off.
+
+    Raises:
+        ValueError: a value is out of range. TypeError: a value is of the wrong kind.
+    """
+
+    sparsity: float = 0.80
+    base: float | None = None
+    law: str = "count"
+    schedule: tuple[float, ...] | None = None
+    num_frames: int | None = None
+    frames_per_chunk: int | None = None
+    chunk_ends: tuple[int, ...] | None = None
+    dense_frames: int | None = None
+    window: int | None = None
+    frame_tokens: int | None = None
+    score: str = "mass"
+    hierarchy: bool = False
+    keep_frames: int = 6
+    sink_frames: int = 1
+    near_frames: int = 2
+    block_q: int = 128
+    block_k: int = 64
+    dense_layers: tuple[int, ...] = ()
+    dense_steps: tuple[int, ...] = ()
+    strict: bool = False
+    timing: bool = False
+    probe: int = 0
+
+    def __post_init__(self):
+        """Check every field, and make lists tuples."""
+
+        def put(name, check, *limits):
+            object.__setattr__(self, name, check(name, getattr(self, name), *limits))
+
+        put("sparsity", _number, 0.0, 1.0, True)
+        put("base", _optional(_number), self.sparsity, 1.0)
+        put("law", _choice, LAWS)
+        put("schedule", _optional(_tuple_of(_number)), 0.0, 1.0, True)
+        for name in ("num_frames", "frames_per_chunk", "window", "frame_tokens"):
+            put(name, _optional(_integer), 1)
+        put("dense_frames", _optional(_integer), 0)
+        put("chunk_ends", _optional(_tuple_of(_integer)), 1)
+        put("score", _choice, SCORES)
+        for name in ("hierarchy", "strict", "timing"):
+            put(name, _boolean)
+        put("keep_frames", _integer, 1)
+        for name in ("sink_frames", "near_frames", "probe"):
+            put(name, _integer, 0)
+        put("block_q", _integer, 16, 128)
+        put("block_k", _choice, (16, 32, 64, 128))
+        put("dense_layers", _tuple_of(_integer), -math.inf)
+        put("dense_steps", _tuple_of(_integer), 0)
+        if self.sink_frames + self.near_frames > self.keep_frames:
+            raise ValueError(
+                f"keep_frames: expected at least sink_frames + near_frames = "
+                f"{self.sink_frames + self.near_frames}, got {self.keep_frames}"
+            )
+        ends = self.chunk_ends
+        if ends is not None and (not ends or list(ends) != sorted(set(ends))):
+            raise ValueError(f"chunk_ends: expected ascending frame numbers, got {list(ends)}")
+        if self.schedule is not None and not self.schedule:
+            raise ValueError("schedule: expected at least one value, got none")
+        if ends is not None and self.schedule is not None and len(ends) != len(self.schedule):
+            raise ValueError(
+                f"schedule: expected {len(ends)} values, one for each of chunk_ends, "
+                f"got {len(self.schedule)}"
+            )
+
+    @classmethod
+    def preset(cls, name="balanced", *, sparsity=None, **overrides):
+        """The preset ``name``, with one number or any fields of it replaced.
+
+        ``sparsity=s`` alone means target s and base ``min(1, s + 0.10)``; the preset's other
+        fields stay.
+
+        Raises:
+            ValueError: no preset of this name. TypeError: no field of this name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name]).replace(sparsity=sparsity, **overrides)
+
+    def replace(self, *, sparsity=None, **overrides):
+        """A copy with fields replaced; ``sparsity=s`` sets base to ``min(1, s + 0.10)`` too."""
+        _known(overrides)
+        if sparsity is not None:
+            overrides = {"sparsity": sparsity, "base": None, **overrides}
+        return replace(self, **overrides)
+
+    def to_dict(self):
+        """Plain Python values, JSON-ready; :meth:`from_dict` takes them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values):
+        """The inverse of :meth:`to_dict`; missing fields take their defaults."""
+        _known(values)
+        return cls(**values)
+
+    def to_json(self):
+        """One line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text):
+        """The inverse of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def _known(values):
+    names = [f.name for f in fields(Config)]
+    for name in values:
+        if name not in names:
+            raise TypeError(f"{name}: no such setting; the settings are {', '.join(names)}")
+
+
+def _number(name, value, low, high, open_above=False):
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    number = float(value)
+    if not low <= number <= high or (open_above and number == high):
+        bracket = ")" if open_above else "]"
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}{bracket}, got {value}")
+    return number
+
+
+def _integer(name, value, low, high=math.inf):
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if number < low:
+        raise ValueError(f"{name}: expected an integer of at least {low}, got {number}")
+    if number > high:
+        raise ValueError(f"{name}: expected an integer of at most {high}, got {number}")
+    return number
+
+
+def _boolean(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def _choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+    return value
+
+
+def _optional(check):
+    return lambda name, value, *limits: None if value is None else check(name, value, *limits)
+
+
+def _tuple_of(check):
+    def checked(name, value, *limits):
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise TypeError(f"{name}: expected a list, got {value!r}")
+        return tuple(check(name, item, *limits) for item in value)
+
+    return checked

@@ -1,0 +1,427 @@
+"""The handle of a patched model: it decides call by call, and keeps the caches and the counts."""
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from . import adapters, hook, ops, reasons, report
+from .means import BUFFERS, KeyMeans
+from .stats import Record
+
+logger = logging.getLogger("lightforcing")
+logger.addHandler(logging.NullHandler())
+
+
+class Handle:
+    """What :func:`lightforcing.patch` returns: one per model, also a context manager.
+
+    ``print(handle)`` is the report. Leaving the ``with`` block unpatches.
+    """
+
+    def __init__(self, config, adapter):
+        """Made by :func:`lightforcing.patch`."""
+        self.config = config
+        self.adapter = adapter
+        self.frames_per_chunk = None  # as the model last said
+        self.shortest_query = None  # frames, of the calls with a cache
+        self.depth = 0  # layers, as numbered
+        self.facts = {}  # frame_tokens, window, class name: as the last call said
+        self._start()
+
+    def _start(self):
+        self._hooks = []  # weak: a hook and its layer never outlive the model
+        self._owners = []  # weak: modules that may say num_frame_per_block
+        self._lock = threading.RLock()
+        self._warned = set()
+        self._clear()
+
+    def _clear(self):
+        self.record = Record()
+        self._means = defaultdict(KeyMeans)  # by layer
+        self._steps = defaultdict(OrderedDict)  # by layer: cache -> [first frame, calls before]
+        self._schedules = {}
+
+    def __getstate__(self):
+        """A copy keeps the settings; hooks register again, counts and caches start afresh."""
+        kept = ("config", "adapter", "depth", "frames_per_chunk", "shortest_query", "facts")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state):
+        """Start afresh."""
+        self.__dict__.update(state)
+        self._start()
+
+    # ---- patching ---------------------------------------------------------------------
+
+    @property
+    def hooks(self):
+        """The hooks of this handle that are alive, first layer first."""
+        hooks = [h for h in (ref() for ref in self._hooks) if h is not None and h.handle is self]
+        return sorted(hooks, key=lambda h: h.layer)
+
+    @property
+    def active(self):
+        """Is anything patched?"""
+        return bool(self.hooks)
+
+    def adopt(self, hooked):
+        """A hook, new or copied, belongs to this handle from now on."""
+        with self._lock:
+            self._hooks = [r for r in self._hooks if r() not in (None, hooked)]
+            self._hooks.append(weakref.ref(hooked))
+
+    def take(self, layers, target):
+        """Patch ``layers``; those that have a hook already change over to this handle."""
+        new = any(getattr(hook.hook_of(x), "handle", None) is not self for x in layers)
+        if new:
+            self.depth = len(layers)
+        for index, layer in enumerate(layers):
+            known = hook.hook_of(layer)
+            hooked = hook.attach(layer, self, index if new else known.layer)
+            self.adopt(hooked)
+            self.adapter.install(layer, self)
+            hooked.intercepted = True
+        owners = [m for m in adapters.modules_of(target) if hasattr(m, "num_frame_per_block")]
+        self._owners = [weakref.ref(m) for m in owners]
+        self._read_chunk()
+        self.facts["layer"] = type(layers[0]).__name__
+
+    def update(self, config):
+        """New settings; counts, caches and schedules start afresh."""
+        self.config = config
+        self.reset()
+
+    def unpatch(self):
+        """Put every original object back. Harmless the second time."""
+        for hooked in self.hooks:
+            hook.detach(hooked)
+            self.adapter.remove(hooked.module, self)
+        self._means.clear()
+
+    def __enter__(self):
+        """The handle itself."""
+        return self
+
+    def __exit__(self, *error):
+        """Unpatch."""
+        self.unpatch()
+
+    def reset(self):
+        """Forget statistics, cached means, step counts and solved schedules."""
+        with self._lock:
+            self._warned.clear()
+            self._clear()
+
+    # ---- one forward of one layer, called by hook.Hook ------------------------------------
+
+    def enter(self, hooked, args, kwargs):
+        """A layer's forward begins: what is known before its attention call."""
+        if not hooked.intercepted:  # a copy, or unpickled in a new process
+            self.adapter.install(hooked.module, self)
+            hooked.intercepted = True
+        visit = hook.Visit(hooked)
+        call = self.adapter.context(hooked.module, adapters.bind(hooked.module, args, kwargs))
+        if isinstance(call, str):
+            visit.reason = call
+            return visit
+        visit.call = call
+        call.frame_tokens = call.frame_tokens or self.config.frame_tokens
+        if call.frame_tokens is None:
+            visit.reason = reasons.NO_GRID
+            return visit
+        visit.first_frame = call.start // call.frame_tokens
+        visit.step = self._step(hooked.layer, call)
+        if call.keys is not None and not call.keys.is_inference():
+            visit.keys, visit.version = call.keys, call.keys._version
+        if self.config.timing and hooked.layer == 0:
+            self.record.tick(visit.first_frame)
+        return visit
+
+    def leave(self, visit):
+        """A layer's forward ended without an error."""
+        layer = visit.hook.layer
+        if visit.entry is not None:
+            self._means[layer].leave(visit)
+        if visit.calls == 0:
+            self.record.note(layer, None, visit.reason or reasons.NO_CALL)
+            if visit.call is not None:
+                self._steps[layer].pop(visit.call.cache, None)
+                self._warn(visit.reason or reasons.NO_CALL, layer)
+
+    def _step(self, layer, call):
+        """How often this layer ran at this place of this cache before."""
+        steps = self._steps[layer]
+        start, step = steps.pop(call.cache, (None, 0))
+        step = step if start == call.start else 0
+        steps[call.cache] = (call.start, step + 1)
+        while len(steps) > BUFFERS:
+            steps.popitem(last=False)
+        return step
+
+    # ---- one attention call, called by hook.route -----------------------------------------
+
+    def attend(self, visit, original, args, kwargs):
+        """The dense call ``original(*args, **kwargs)``, sparse where the settings allow it."""
+        visit.calls += 1
+        q, k, v, extra = reasons.split(original, args, kwargs)
+        place = self._place(visit, q, k)
+        reason = self._why_dense(visit, place, q, k, v, extra)
+        if reason is None:
+            return self._sparse(visit, place, q, k, v)
+        layer, chunk = visit.hook.layer, place and place.chunk
+        if reason not in reasons.PLANNED:
+            if self.config.strict:
+                raise reasons.StrictError(f"{_where(layer, chunk)}: dense because of {reason}")
+            self._warn(reason, layer, chunk)
+        if place is not None:
+            block = self._mean_block
+            self._means[layer].skip(visit, k, place.frame_tokens, block, place.past)
+        clock = time.perf_counter()
+        out = original(*args, **kwargs)
+        seconds = time.perf_counter() - clock if self.config.timing and _on_cpu(q) else 0.0
+        pairs = place.pairs if place else 0
+        self.record.dense(layer, chunk, reason, pairs, seconds)
+        return out
+
+    def _sparse(self, visit, place, q, k, v):
+        config, layer, tokens = self.config, visit.hook.layer, place.frame_tokens
+        clock = time.perf_counter()
+        k_means = self._means[layer].pool(visit, k, tokens, self._mean_block, place.past)
+        blocks = ops.select_blocks(
+            q,
+            k,
+            frame_tokens=tokens,
+            sparsity=place.sparsity,
+            keep_frames=config.keep_frames,
+            sink_frames=config.sink_frames,
+            near_frames=config.near_frames,
+            score=config.score,
+            hierarchy=config.hierarchy,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            k_means=k_means,
+        )
+        if config.probe:
+            out, lse = ops.block_sparse_attention(q, k, v, blocks, return_lse=True)
+        else:
+            out = ops.block_sparse_attention(q, k, v, blocks)
+        seconds = time.perf_counter() - clock if config.timing and _on_cpu(q) else 0.0
+        self.record.sparse(
+            layer,
+            place.chunk,
+            sparsity=place.sparsity,
+            pairs=place.pairs,
+            density=place.density,
+            keep_frames=place.raised,
+            seconds=seconds,
+            recall=self._recall(visit, q, k, v, lse) if config.probe else None,
+        )
+        return out
+
+    def _place(self, visit, q, k):
+        """Where the call is in the video, in whole frames; None if that is not known."""
+        if visit.first_frame is None or not (_is_blhd(q) and _is_blhd(k)):
+            return None
+        tokens, lq, lk = visit.call.frame_tokens, q.shape[1], k.shape[1]
+        if lq % tokens or lk % tokens or not 0 < lq <= lk:
+            return None
+        query = lq // tokens
+        if self.shortest_query is None or query < self.shortest_query:
+            self.shortest_query = query
+        window = self.config.window or visit.call.window
+        self.facts.update(frame_tokens=tokens, window=window)
+        size = self.chunk_frames
+        return _Place(
+            frame_tokens=tokens,
+            query=query,
+            past=lk // tokens - query,
+            size=size,
+            chunk=-(-visit.first_frame // size) + 1,
+            end=visit.first_frame + size,
+            window=window,
+            pairs=q.shape[0] * q.shape[2] * lq * lk,
+        )
+
+    def _why_dense(self, visit, place, q, k, v, extra):
+        """The reason to call the original, or None with ``place`` completed."""
+        config, layer = self.config, visit.hook.layer
+        if os.environ.get("LIGHTFORCING_DISABLE") == "1":
+            return reasons.DISABLED
+        if hook.local.dense:
+            return reasons.DENSE_CONTEXT
+        if visit.reason is not None:
+            return visit.reason
+        if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v)):
+            return reasons.TRAINING
+        if config.sparsity == 0 and config.schedule is None:
+            return reasons.ZERO
+        if layer in config.dense_layers or layer - self.depth in config.dense_layers:
+            return reasons.DENSE_LAYER
+        if visit.step in config.dense_steps:
+            return reasons.DENSE_STEP
+        unsupported = extra or reasons.unsupported(q, k, v)
+        if unsupported is not None:
+            return unsupported
+        if place is None:
+            tokens = visit.call.frame_tokens
+            return f"{q.shape[1]} x {k.shape[1]} tokens, not whole frames of {tokens}, query last"
+        return self._plan(visit, place)
+
+    def _plan(self, visit, place):
+        config = self.config
+        if place.past == 0 and place.query > place.size:
+            return reasons.RECACHE
+        dense_frames = config.dense_frames
+        if dense_frames is None:
+            dense_frames = 0 if config.schedule else place.size
+        early = visit.first_frame < place.size
+        if visit.first_frame < dense_frames or place.past == 0:
+            if early:
+                return reasons.FIRST_CHUNK
+            return reasons.DENSE_FRAMES if place.past else reasons.NO_PAST
+        place.sparsity = float(self.schedule(place.size, place.window).at(place.end))
+        if place.sparsity == 0:
+            return reasons.ZERO
+        blocks, kept, keep_frames = ops.plan_selection(
+            place.query,
+            place.query + place.past,
+            place.frame_tokens,
+            sparsity=place.sparsity,
+            block_k=config.block_k,
+            keep_frames=config.keep_frames,
+            hierarchy=config.hierarchy,
+        )
+        if kept >= blocks:
+            return reasons.ALL_KEPT
+        place.density = kept / blocks
+        if config.hierarchy and config.keep_frames < min(keep_frames, place.past):
+            place.raised = keep_frames
+        return None
+
+    def _recall(self, visit, q, k, v, lse):
+        """Mean and 5th percentile of the recall of evenly spaced query rows, as tensors."""
+        rows = min(self.config.probe, q.shape[1])
+        stride = q.shape[1] // rows
+        first = visit.step * 7919 % stride  # other rows in every step
+        rows = slice(first, first + stride * (rows - 1) + 1, stride)
+        _, dense = ops.block_sparse_attention(q[:, rows], k, v, return_lse=True)
+        recall = (lse[:, :, rows] - dense).exp().flatten()
+        return recall.mean(), recall.quantile(0.05)
+
+    # ---- what the settings come to ------------------------------------------------------
+
+    @property
+    def _mean_block(self):
+        return self.config.block_k if self.config.score == "mean" else self.config.block_k // 4
+
+    @property
+    def chunk_frames(self):
+        """Frames of a chunk: from the settings, the model, the shortest query so far, or 3."""
+        if self.config.frames_per_chunk:
+            return self.config.frames_per_chunk
+        self._read_chunk()
+        return self.frames_per_chunk or self.shortest_query or 3
+
+    def _read_chunk(self):
+        for owner in (ref() for ref in self._owners):
+            value = getattr(owner, "num_frame_per_block", None)
+            if isinstance(value, int) and value > 1:
+                self.frames_per_chunk = value
+                return
+
+    @property
+    def means_bytes(self):
+        """Bytes of cached block means."""
+        return sum(m.nbytes for m in list(self._means.values()))
+
+    def schedule(self, frames_per_chunk, window):
+        """The solved (or given) schedule for these facts."""
+        key = frames_per_chunk, window
+        if key not in self._schedules:
+            self._schedules[key] = report.schedule(self.config, frames_per_chunk, window)
+        return self._schedules[key]
+
+    # ---- what the user reads -------------------------------------------------------------
+
+    def stats(self):
+        """Counts in plain Python values, JSON-ready.
+
+        Returns:
+            A dict: the sums over all calls (``calls``, ``sparse_calls``, ``density``, ``dense``
+            by reason, ``ms``, ``recall``), ``attention_share`` of a step with timing on,
+            ``chunks``, a list of the same sums by chunk (chunk 1 is the first; None where the
+            place was not known), and ``layers``, by layer and chunk.
+        """
+        return report.stats(self)
+
+    def explain(self, **facts):
+        """The plan chunk by chunk and the gain it predicts, as a :class:`report.Plan`.
+
+        Facts that no call has told yet are assumed, and the text says so; ``num_frames``,
+        ``frames_per_chunk``, ``frame_tokens`` and ``attention_share`` may be given here.
+        """
+        return report.explain(self, **facts)
+
+    def report(self):
+        """What ran sparse, how sparse, and what stayed dense and why, as text."""
+        return report.text(self)
+
+    def to_dict(self):
+        """Settings, plan and statistics, JSON-ready."""
+        return {
+            "config": self.config.to_dict(),
+            "layers": len(self.hooks),
+            "plan": self.explain().to_dict(),
+            "stats": self.stats(),
+        }
+
+    def __str__(self):
+        """The report."""
+        return self.report()
+
+    def __repr__(self):
+        """One line."""
+        return f"<lightforcing.Handle of {len(self.hooks)} layers, sparsity {self.config.sparsity}>"
+
+    def _repr_html_(self):
+        return report.html(self)
+
+    def _warn(self, reason, layer, chunk=None):
+        if reason not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(reason)
+            logger.warning("%s: dense because of %s (said once)", _where(layer, chunk), reason)
+
+
+@dataclass(slots=True)
+class _Place:
+    """One attention call in frames."""
+
+    frame_tokens: int
+    query: int
+    past: int
+    size: int  # frames of a chunk
+    chunk: int  # 1 is the first
+    end: int  # n of the schedule: first query frame + size
+    window: int | None
+    pairs: int
+    sparsity: float = 0.0
+    density: float = 1.0
+    raised: int = 0  # keep_frames, where the budget forced it up
+
+
+def _where(layer, chunk):
+    return f"layer {layer}" + (f", chunk {chunk}" if chunk else "")
+
+
+def _on_cpu(x):
+    return isinstance(x, torch.Tensor) and x.device.type == "cpu"
+
+
+def _is_blhd(x):
+    return isinstance(x, torch.Tensor) and x.dim() == 4

@@ -1,0 +1,157 @@
+"""What happened: counters by layer and chunk, milliseconds and recall. Nothing here syncs a device.
+
+Recall means stay tensors until somebody reads them. Chunks past :data:`LAST_CHUNK` share one
+cell, so that an endless stream does not grow the table.
+"""
+
+import threading
+import time
+from collections import Counter
+
+LAST_CHUNK = 255
+
+
+class Cell:
+    """Sums over the calls of one layer in one chunk."""
+
+    __slots__ = (
+        "calls", "sparse_calls", "pairs", "kept_pairs", "sparsity", "keep_frames", "dense",
+        "dense_seconds", "sparse_seconds", "recall", "recall_low", "recalled",
+    )  # fmt: skip
+
+    def __init__(self):
+        """All zero."""
+        self.calls = self.sparse_calls = self.recalled = 0
+        self.pairs = self.kept_pairs = 0  # query-key pairs a head: resident, computed
+        self.sparsity = None  # of the schedule, at the last sparse call
+        self.keep_frames = 0  # the most that a call had to raise it to
+        self.dense = Counter()
+        self.dense_seconds = self.sparse_seconds = 0.0
+        self.recall = self.recall_low = 0.0
+
+    def add(self, other):
+        """Sum in another cell."""
+        for name in ("calls", "sparse_calls", "pairs", "kept_pairs", "dense_seconds",
+                     "sparse_seconds", "recall", "recall_low", "recalled"):  # fmt: skip
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.sparsity is not None:
+            self.sparsity = other.sparsity
+        self.keep_frames = max(self.keep_frames, other.keep_frames)
+        self.dense += other.dense
+
+    def to_dict(self, timing=False):
+        """JSON-ready; density, ms and recall are None where nothing was measured."""
+        values = {
+            "calls": self.calls,
+            "sparse_calls": self.sparse_calls,
+            "sparsity": self.sparsity,
+            "density": self.kept_pairs / self.pairs if self.pairs else None,
+            "dense": dict(self.dense),
+            "recall": float(self.recall) / self.recalled if self.recalled else None,
+            "recall_p5": float(self.recall_low) / self.recalled if self.recalled else None,
+            "ms": None,
+        }
+        if self.keep_frames:
+            values["keep_frames"] = self.keep_frames
+        if timing:
+            values["ms"] = 1e3 * (self.dense_seconds + self.sparse_seconds)
+            values["dense_ms"] = 1e3 * self.dense_seconds
+            values["sparse_ms"] = 1e3 * self.sparse_seconds
+        return values
+
+
+class Record:
+    """All cells of a handle, and the clock of whole steps."""
+
+    def __init__(self):
+        """No calls yet."""
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+        self.cells = {}  # (layer, chunk or None) -> Cell
+        self.wall = self.attention = self.dense_equivalent = 0.0  # seconds in whole steps
+        self.steps = 0
+
+    def dense(self, layer, chunk, reason, pairs=0, seconds=0.0):
+        """A call went through the original function."""
+        with self._lock:
+            cell = self._cell(layer, chunk)
+            cell.calls += 1
+            cell.dense[reason] += 1
+            cell.pairs += pairs
+            cell.kept_pairs += pairs
+            cell.dense_seconds += seconds
+        self._spend(seconds, seconds)
+
+    def sparse(self, layer, chunk, *, sparsity, pairs, density, keep_frames, seconds, recall):
+        """A call ran sparse; ``recall`` is None or a pair of one-element tensors."""
+        with self._lock:
+            cell = self._cell(layer, chunk)
+            cell.calls += 1
+            cell.sparse_calls += 1
+            cell.sparsity = sparsity
+            cell.pairs += pairs
+            cell.kept_pairs += pairs * density
+            cell.keep_frames = max(cell.keep_frames, keep_frames)
+            cell.sparse_seconds += seconds
+            if recall is not None:
+                cell.recall = cell.recall + recall[0]
+                cell.recall_low = cell.recall_low + recall[1]
+                cell.recalled += 1
+        self._spend(seconds, seconds / density)
+
+    def note(self, layer, chunk, reason):
+        """A forward that made no attention call, and why."""
+        with self._lock:
+            self._cell(layer, chunk).dense[reason] += 1
+
+    def _cell(self, layer, chunk):
+        key = (layer, chunk if chunk is None else min(chunk, LAST_CHUNK))
+        cell = self.cells.get(key)
+        if cell is None:
+            cell = self.cells[key] = Cell()
+        return cell
+
+    # A step runs from one entry of the first layer to the next, in one thread.
+
+    def tick(self, first_frame):
+        """The first layer was entered: close the step before, unless a new video began."""
+        now, step = time.perf_counter(), self._thread
+        began = getattr(step, "began", None)
+        if began is not None and first_frame >= step.first_frame and step.attention > 0:
+            with self._lock:
+                self.wall += now - began
+                self.attention += step.attention
+                self.dense_equivalent += step.dense_equivalent
+                self.steps += 1
+        step.began, step.first_frame = now, first_frame
+        step.attention = step.dense_equivalent = 0.0
+
+    def _spend(self, seconds, dense_equivalent):
+        if hasattr(self._thread, "began"):
+            self._thread.attention += seconds
+            self._thread.dense_equivalent += dense_equivalent
+
+    @property
+    def attention_share(self):
+        """Attention in whole steps as they ran, of their wall time; None before a step ended."""
+        return self.attention / self.wall if self.steps else None
+
+    @property
+    def dense_attention_share(self):
+        """The same share had every call been dense: a sparse call counts seconds / density."""
+        wall = self.wall - self.attention + self.dense_equivalent
+        return self.dense_equivalent / wall if self.steps else None
+
+    def total(self, keep=lambda chunk: True):
+        """One cell, summed over the cells of the chunks that ``keep`` accepts."""
+        with self._lock:
+            cells = [c for (_, chunk), c in self.cells.items() if keep(chunk)]
+        total = Cell()
+        for cell in cells:
+            total.add(cell)
+        return total
+
+    def keys(self):
+        """The (layer, chunk) pairs with calls; chunk None: its place was not known. Sorted."""
+        with self._lock:
+            return sorted(self.cells, key=lambda k: (k[1] is None, k[1] or 0, k[0]))
