@@ -44,7 +44,9 @@ def find_nvcc():
 
 def cudart_folder(nvcc):
     """Folder of libcudart_static.a, which nvcc itself names (its own symlink may lie elsewhere)."""
-    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    )
     for line in said.stderr.splitlines():
         if line.startswith("#$ TOP="):
             top = Path(os.path.normpath(line.removeprefix("#$ TOP=")))
@@ -77,13 +79,22 @@ class BuildCore(build_ext):
 
         def compile_one(source):
             target = out / (Path(source).stem + ".o")
-            if target.exists() and target.stat().st_mtime > max(newest, Path(source).stat().st_mtime):
+            if target.exists() and target.stat().st_mtime > max(
+                newest, Path(source).stat().st_mtime
+            ):
                 return str(target)
             chips = [a for a in archs if a == "90a" or not source.endswith("_sm90.cu")]
             flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chips]
             if not source.endswith("_sm90.cu"):
                 flags.append("-gencode=arch=compute_80,code=compute_80")
-            command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            command = [
+                nvcc,
+                "-std=c++17",
+                "-O3",
+                "-lineinfo",
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden",
+            ]
             command += [f'-DLF_CUDA_ARCHS="{" ".join(archs)}"', "-Xptxas", "-v"]
             command += [*flags, "-c", source, "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True)

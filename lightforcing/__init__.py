@@ -51,12 +51,11 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The names that need torch, from ``lightforcing.patch`` when first asked for."""
+    """The names that need torch, from ``lightforcing.patching`` when first asked for."""
     if name in _NEED_TORCH:
         import importlib
 
-        # import_module binds the submodule `patch` here; the function must win over it.
-        module = importlib.import_module(".patch", __name__)
+        module = importlib.import_module(".patching", __name__)
         globals().update({known: getattr(module, known) for known in _NEED_TORCH})
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

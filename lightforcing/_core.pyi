@@ -45,7 +45,7 @@ def select_blocks(
     scale: float | None,
     want_scores: bool,
     /,
-) -> tuple[Any, Any | None, int]: ...
+) -> tuple[Any, Any | None, int, int, int]: ...
 def block_sparse_attention(
     q: Any,
     k: Any,

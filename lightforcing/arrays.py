@@ -16,18 +16,30 @@ def is_torch(x: Any) -> bool:
 
 
 def ready(x: Any, name: str) -> Any:
-    """The tensor itself, once the facts that DLPack does not carry are checked."""
+    """The input itself, once the facts that DLPack does not carry are checked."""
     if not is_torch(x):
         return x
-    torch = sys.modules["torch"]
-    if x.requires_grad and torch.is_grad_enabled():
+    if x.requires_grad and sys.modules["torch"].is_grad_enabled():
         raise ValueError(
             f"{name}: expected a tensor without grad, got one that requires it; lightforcing is "
             "for inference: call it under torch.no_grad() or detach first"
         )
+    _check_plain(x, name)
+    return x.detach() if x.requires_grad else x
+
+
+def writable(out: Any) -> Any:
+    """The output that a caller gave, checked likewise."""
+    if is_torch(out):
+        if out.requires_grad:
+            raise ValueError("out: expected a tensor without grad, got one that requires it")
+        _check_plain(out, "out")
+    return out
+
+
+def _check_plain(x: Any, name: str) -> None:
     if x.is_neg() or x.is_conj():
         raise ValueError(f"{name}: expected plain values, got a lazy negative or conjugate view")
-    return x.detach() if x.requires_grad else x
 
 
 def allocator(like: Any) -> Callable[[tuple[int, ...], str], Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _core
-from .arrays import allocator, like, ready
+from .arrays import allocator, like, ready, writable
 from .blocks import BlockList
 
 Tensor = Any  # torch.Tensor, numpy.ndarray or another DLPack producer
@@ -44,7 +44,7 @@ def compress(x: Tensor, frame_tokens: int, *, block: int = 64, out: Tensor | Non
     Reference: :func:`lightforcing.reference.compress`.
     """
     x = ready(x, "x")
-    return like(_core.compress(x, out, allocator(x), frame_tokens, block), x)
+    return like(_core.compress(x, writable(out), allocator(x), frame_tokens, block), x)
 
 
 def plan_selection(
@@ -66,7 +66,7 @@ def plan_selection(
         q_frames: frames of the query (the last ones of the key sequence).
         k_frames: resident frames F.
         frame_tokens: T.
-        sparsity: share of the key blocks not attended, in [0, 1).
+        sparsity: share of the key blocks not attended, in [0, 1].
         block_k: tokens of a key block.
         keep_frames: past frames that the frame stage keeps.
         hierarchy: whether there is a frame stage.
@@ -110,7 +110,7 @@ def select_blocks(
         q: ``[B, Lq, H, D]``, after QK-norm and RoPE: the last Lq tokens of the key sequence.
         k: ``[B, Lk, H, D]``, F whole frames, oldest first; dtype and device of ``q``.
         frame_tokens: T. Lq and Lk are whole frames.
-        sparsity: this call's share of key blocks not attended, in [0, 1).
+        sparsity: this call's share of key blocks not attended, in [0, 1]; at least one is kept.
         keep_frames: past frames kept by the frame stage, sink and near ones included.
         sink_frames: first frames that are always candidates.
         near_frames: last past frames that are always candidates.
@@ -136,13 +136,13 @@ def select_blocks(
     Reference: :func:`lightforcing.reference.select_blocks`.
     """
     q, k = ready(q, "q"), ready(k, "k")
-    indices, scores, used = _core.select_blocks(
+    indices, scores, used, q_len, k_len = _core.select_blocks(
         q, k, None if k_means is None else ready(k_means, "k_means"), allocator(q), frame_tokens,
         sparsity, keep_frames, sink_frames, near_frames, score, hierarchy, block_q, block_k, scale,
         return_scores,
     )  # fmt: skip
     blocks = BlockList.full_rows(
-        like(indices, q), q.shape[1], k.shape[1], frame_tokens, block_q, block_k, used
+        like(indices, q), q_len, k_len, frame_tokens, block_q, block_k, used
     )
     return (blocks, like(scores, q)) if return_scores else blocks
 
@@ -185,7 +185,9 @@ def block_sparse_attention(
     """
     q, k, v = ready(q, "q"), ready(k, "k"), ready(v, "v")
     rows = blocks._row() if isinstance(blocks, BlockList) else blocks
-    result = _core.block_sparse_attention(q, k, v, rows, out, allocator(q), scale, return_lse)
+    result = _core.block_sparse_attention(
+        q, k, v, rows, writable(out), allocator(q), scale, return_lse
+    )
     if return_lse:
         return like(result[0], q), like(result[1], q)
     return like(result, q)
@@ -211,7 +213,7 @@ def attention(
         k: ``[B, Lk, H, D]``, F whole frames, oldest first.
         v: ``[B, Lk, H, D]``.
         frame_tokens: T, tokens of a latent frame.
-        sparsity: this call's share of key blocks not attended, in [0, 1).
+        sparsity: this call's share of key blocks not attended, in [0, 1]; at least one is kept.
         return_lse: also return the LSE, float32 ``[B, H, Lq]``.
         return_blocks: also return the :class:`BlockList`.
         out: as in :func:`block_sparse_attention`.

@@ -62,7 +62,7 @@ def cag_schedule(
 
     Source: Light Forcing, Chunk-Aware Growth; the clipped re-solve and ``count`` are ours.
     """
-    ends = list(range(frames_per_chunk, num_frames + 1, frames_per_chunk))
+    ends = [min(n + frames_per_chunk, num_frames) for n in range(0, num_frames, frames_per_chunk)]
     ends = ends if chunk_ends is None else list(chunk_ends)
     base = min(1.0, sparsity + 0.10) if base is None else base
     dense_frames = frames_per_chunk if dense_frames is None else dense_frames

@@ -235,9 +235,9 @@ static void score_frames(const lf_select_params *p, const geometry *g, const wor
         }
         if (p->score == LF_SCORE_MEAN) sum /= (double)p->frame_tokens;
         if (p->score == LF_SCORE_LSE) {
-            for (int64_t j = 0; j < g->frame_blocks; j++)
-                sum += highest == -INFINITY ? 0 : exp(scores[j] - highest);
-            sum = highest + log(sum);
+            const double shift = highest == -INFINITY ? 0 : highest;
+            for (int64_t j = 0; j < g->frame_blocks; j++) sum += exp(scores[j] - shift);
+            sum = shift + log(sum);
         }
         w->frames[t] = sum;
     }

@@ -17,19 +17,37 @@ static const char *type_name(PyObject *object, PyObject **holder)
     return text ? text : "an unnamed type";
 }
 
-/* Prefixes the pending exception with the argument's name, keeping its type. */
+/* Prefixes the first line of the pending exception with the argument's name. What torch raises
+ * for a tensor that DLPack cannot describe (RuntimeError, BufferError) is a wrong kind of input. */
 static int blame(const char *name)
 {
-    PyObject *type, *value, *traceback;
+    PyObject *type, *value, *traceback, *text = NULL, *lines = NULL, *line = NULL;
 
     PyErr_Fetch(&type, &value, &traceback);
     PyErr_NormalizeException(&type, &value, &traceback);
-    PyErr_Format(PyErr_GivenExceptionMatches(type, PyExc_BufferError) ? PyExc_TypeError : type,
-                 "%s: cannot be read through DLPack: %S", name, value ? value : Py_None);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
+    if (PyErr_GivenExceptionMatches(type, PyExc_Exception)) {
+        const int is_kind = PyErr_GivenExceptionMatches(type, PyExc_BufferError) ||
+                            PyErr_GivenExceptionMatches(type, PyExc_RuntimeError);
+        text = value ? PyObject_Str(value) : NULL;
+        lines = text ? PyUnicode_Splitlines(text, 0) : NULL;
+        line = lines && PyList_Size(lines) > 0 ? PyList_GetItem(lines, 0) : NULL;
+        PyErr_Clear();
+        PyErr_Format(is_kind ? PyExc_TypeError : type, "%s: cannot be read through DLPack: %S",
+                     name, line ? line : type);
+        Py_XDECREF(text);
+        Py_XDECREF(lines);
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(traceback);
+    } else {
+        PyErr_Restore(type, value, traceback);  // KeyboardInterrupt and its like
+    }
     return -1;
+}
+
+static const char *wanted(const lf_arg *arg)
+{
+    return arg->wants ? arg->wants : "float32, float16 or bfloat16";
 }
 
 /* ---- checks common to all three ways in ------------------------------------------------------ */
@@ -47,6 +65,12 @@ static int normalise(lf_arg *arg, int64_t itemsize)
             return -1;
         }
         if (n <= 1) arg->stride[i] = expected;
+        const int64_t step = arg->stride[i] < 0 ? -arg->stride[i] : arg->stride[i];
+        if (arg->stride[i] == INT64_MIN || (n > 1 && step > INT64_MAX / 16 / n)) {
+            PyErr_Format(PyExc_ValueError, "%s: expected strides below 2^59 elements, got %lld",
+                         arg->name, (long long)arg->stride[i]);
+            return -1;
+        }
         if (n > 0 && (count > INT64_MAX / 16 / n || expected > INT64_MAX / 16 / n)) {
             PyErr_Format(PyExc_ValueError, "%s: expected a size below 2^59 elements, got more",
                          arg->name);
@@ -87,8 +111,8 @@ static int borrow_numpy(PyArrayObject *array, lf_arg *arg)
     case NPY_HALF: arg->dtype = LF_F16; break;
     case NPY_INT32: arg->dtype = LF_I32; break;
     default:
-        PyErr_Format(PyExc_TypeError, "%s: expected float32, float16 or int32, got NumPy %S",
-                     arg->name, (PyObject *)PyArray_DESCR(array));
+        PyErr_Format(PyExc_TypeError, "%s: expected %s, got NumPy %S", arg->name, wanted(arg),
+                     (PyObject *)PyArray_DESCR(array));
         return -1;
     }
     if (!PyArray_ISNOTSWAPPED(array) || !PyArray_CHKFLAGS(array, NPY_ARRAY_ALIGNED)) {
@@ -128,7 +152,7 @@ static int read_dtype(DLDataType type, lf_arg *arg)
         {kDLBfloat, 16, LF_BF16},
         {kDLInt, 32, LF_I32},
     };
-    static const char *const codes[] = {"int",    "uint",    "float", "opaque",
+    static const char *const codes[] = {"int",    "uint",    "float", "opaque handles",
                                         "bfloat", "complex", "bool"};
 
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
@@ -137,9 +161,18 @@ static int read_dtype(DLDataType type, lf_arg *arg)
             return 0;
         }
     }
-    PyErr_Format(
-        PyExc_TypeError, "%s: expected float32, float16, bfloat16 or int32, got %s%d", arg->name,
-        type.code < sizeof codes / sizeof *codes ? codes[type.code] : "type code ", (int)type.bits);
+    if (type.lanes != 1)
+        PyErr_Format(PyExc_TypeError, "%s: expected %s, got vectors of %d values", arg->name,
+                     wanted(arg), (int)type.lanes);
+    else if (type.code >= sizeof codes / sizeof *codes)
+        PyErr_Format(PyExc_TypeError, "%s: expected %s, got DLPack type code %d", arg->name,
+                     wanted(arg), (int)type.code);
+    else if (type.code == kDLBool || type.code == kDLOpaqueHandle)
+        PyErr_Format(PyExc_TypeError, "%s: expected %s, got %s", arg->name, wanted(arg),
+                     codes[type.code]);
+    else
+        PyErr_Format(PyExc_TypeError, "%s: expected %s, got %s%d", arg->name, wanted(arg),
+                     codes[type.code], (int)type.bits);
     return -1;
 }
 
@@ -229,11 +262,11 @@ static int borrow_capsule(PyObject *object, lf_arg *arg)
                      arg->name);
         return -1;
     }
-    arg->owner = export_capsule(object, kind == kDLCUDA);
-    if (!arg->owner) return blame(arg->name);
-    if (PyCapsule_IsValid(arg->owner, "dltensor_versioned")) {
+    arg->capsule = export_capsule(object, kind == kDLCUDA);
+    if (!arg->capsule) return blame(arg->name);
+    if (PyCapsule_IsValid(arg->capsule, "dltensor_versioned")) {
         const DLManagedTensorVersioned *managed =
-            PyCapsule_GetPointer(arg->owner, "dltensor_versioned");
+            PyCapsule_GetPointer(arg->capsule, "dltensor_versioned");
         if (managed->version.major != DLPACK_MAJOR_VERSION) {
             PyErr_Format(PyExc_TypeError, "%s: expected DLPack version 1, got %u", arg->name,
                          managed->version.major);
@@ -242,12 +275,12 @@ static int borrow_capsule(PyObject *object, lf_arg *arg)
         arg->is_readonly = (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
         return read_dltensor(&managed->dl_tensor, arg);
     }
-    if (PyCapsule_IsValid(arg->owner, "dltensor")) {
-        const DLManagedTensor *managed = PyCapsule_GetPointer(arg->owner, "dltensor");
+    if (PyCapsule_IsValid(arg->capsule, "dltensor")) {
+        const DLManagedTensor *managed = PyCapsule_GetPointer(arg->capsule, "dltensor");
         return read_dltensor(&managed->dl_tensor, arg);
     }
-    const char *got = PyCapsule_CheckExact(arg->owner) ? PyCapsule_GetName(arg->owner)
-                                                       : type_name(arg->owner, &holder);
+    const char *got = PyCapsule_CheckExact(arg->capsule) ? PyCapsule_GetName(arg->capsule)
+                                                         : type_name(arg->capsule, &holder);
     PyErr_Format(PyExc_TypeError,
                  "%s: expected __dlpack__() to give a fresh DLPack capsule, got %s", arg->name,
                  got ? got : "an unnamed capsule");
@@ -282,8 +315,9 @@ void lf_release(lf_arg *arg)
 {
     PyObject *type, *value, *traceback;
 
-    if (!arg->owner) return;
+    if (!arg->owner && !arg->capsule) return;
     PyErr_Fetch(&type, &value, &traceback);
+    Py_CLEAR(arg->capsule);
     Py_CLEAR(arg->owner);
     PyErr_Restore(type, value, traceback);
 }

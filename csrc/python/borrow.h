@@ -13,6 +13,7 @@ enum { LF_MAX_NDIM = 8 };
 
 typedef struct {
     const char *name;
+    const char *wants;  // set before borrowing where it is not a float tensor: "int32"
     char *data;
     int ndim;
     int64_t shape[LF_MAX_NDIM];
@@ -20,7 +21,8 @@ typedef struct {
     lf_dtype dtype;
     int device;  // -1: CPU, else the CUDA device
     int is_readonly;
-    PyObject *owner;  // what keeps the memory; NULL when the caller's own reference does
+    PyObject *capsule;  // what __dlpack__ gave, kept as long as the memory is used
+    PyObject *owner;    // an output's object: the call's result
 } lf_arg;
 
 /* Sizes by letter, and the argument that fixed each: B batch, Q Lq, K Lk, H heads, D head size,

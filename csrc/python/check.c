@@ -183,7 +183,7 @@ int lf_borrow_out(PyObject *object, PyObject *empty, const char *name, const cha
     const int ndim = (int)strlen(letters);
     PyObject *made = NULL;
 
-    arg->name = name;
+    if (dtype == LF_I32) arg->wants = "int32";
     if (object && object != Py_None) {
         made = Py_NewRef(object);
     } else {
@@ -204,8 +204,6 @@ int lf_borrow_out(PyObject *object, PyObject *empty, const char *name, const cha
         Py_DECREF(made);
         return -1;
     }
-    // The object itself is the result; a capsule behind it ends with the object's memory alive.
-    Py_XDECREF(arg->owner);
     arg->owner = made;
     if (arg->is_readonly) {
         PyErr_Format(PyExc_ValueError, "%s: expected writable memory, got a read-only array", name);

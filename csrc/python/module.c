@@ -56,11 +56,11 @@ static PyObject *py_build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(
         }
         Py_DECREF(name);
     }
-    result = Py_BuildValue("{s:s,s:O,s:i,s:O,s:s,s:i,s:i,s:i,s:i}", "isa", lf_isa(), "isas", isas,
-                           "threads", lf_threads(), "cuda_built",
-                           lf_cuda_built() ? Py_True : Py_False, "cuda_archs", lf_cuda_archs(),
-                           "cuda_status", status, "cuda_driver", driver, "cuda_runtime", runtime,
-                           "cuda_devices", devices);
+    result =
+        Py_BuildValue("{s:s,s:O,s:i,s:O,s:s,s:i,s:i,s:i,s:i}", "isa", lf_isa(), "isas", isas,
+                      "threads", lf_threads(), "cuda_built", lf_cuda_built() ? Py_True : Py_False,
+                      "cuda_archs", lf_cuda_archs(), "cuda_status", status, "cuda_driver", driver,
+                      "cuda_runtime", runtime, "cuda_devices", devices);
 done:
     Py_DECREF(isas);
     return result;

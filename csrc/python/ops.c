@@ -118,8 +118,8 @@ static int read_budget(PyObject *sparsity, PyObject *keep, PyObject *sink, PyObj
                        PyObject *hierarchy, budget_arguments *b)
 {
     if (lf_number(sparsity, "sparsity", &b->sparsity) < 0) return -1;
-    if (!(b->sparsity >= 0 && b->sparsity < 1)) {
-        PyErr_Format(PyExc_ValueError, "sparsity: expected a number in [0, 1), got %R", sparsity);
+    if (!(b->sparsity >= 0 && b->sparsity <= 1)) {
+        PyErr_Format(PyExc_ValueError, "sparsity: expected a number in [0, 1], got %R", sparsity);
         return -1;
     }
     if (lf_integer(keep, "keep_frames", 0, INT32_MAX, &b->keep_frames) < 0) return -1;
@@ -173,6 +173,7 @@ static int read_means(PyObject *object, const lf_dims *dims, lf_arg *means, lf_s
     const int64_t past = p->k_frames - p->q_frames;
 
     own.from['J' - 'A'] = NULL;
+    means->wants = "float32";
     if (lf_borrow(object, "k_means", means) < 0 || lf_shape(means, "BJHD", &own) < 0) return -1;
     if (lf_expect_dtype(means, LF_F32) < 0) return -1;
     p->means_frames = LF_DIM(own, 'J') == past * per_frame ? past : p->k_frames;
@@ -190,7 +191,7 @@ static int read_means(PyObject *object, const lf_dims *dims, lf_arg *means, lf_s
 
 /* select_blocks(q, k, k_means | None, empty, frame_tokens, sparsity, keep_frames, sink_frames,
  *               near_frames, score, hierarchy, block_q, block_k, scale | None, want_scores)
- * -> (indices, scores | None, keep_frames) */
+ * -> (indices, scores | None, keep_frames, Lq, Lk) */
 PyObject *py_select_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     lf_arg q = {0}, k = {0}, means = {0}, indices = {0}, scores = {0};
@@ -259,8 +260,9 @@ PyObject *py_select_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, P
         result = lf_raise(&err);
         goto done;
     }
-    result = Py_BuildValue("(OOL)", indices.owner, scores.owner ? scores.owner : Py_None,
-                           (long long)budget.keep_frames);
+    result = Py_BuildValue("(OOLLL)", indices.owner, scores.owner ? scores.owner : Py_None,
+                           (long long)budget.keep_frames, (long long)LF_DIM(dims, 'Q'),
+                           (long long)LF_DIM(dims, 'K'));
 
 done:
     lf_release(&q);
@@ -312,7 +314,8 @@ static int read_list(PyObject *list, lf_dims *dims, lf_arg *indices, lf_arg *cou
     int64_t q_len, k_len;
 
     if (!PyTuple_Check(list) || PyTuple_Size(list) != 7) {
-        PyErr_Format(PyExc_TypeError, "blocks: expected a BlockList or None, got %R", list);
+        PyErr_Format(PyExc_TypeError, "blocks: expected a BlockList or None, got %R",
+                     (PyObject *)Py_TYPE(list));
         return -1;
     }
     if (lf_integer(PyTuple_GetItem(list, 2), "blocks.q_len", 1, INT64_MAX, &q_len) < 0) return -1;
@@ -334,6 +337,7 @@ static int read_list(PyObject *list, lf_dims *dims, lf_arg *indices, lf_arg *cou
     LF_DIM(*dims, 'R') = lf_ceil_div(q_len, p->block_q);
     LF_DIM(*dims, 'J') = k_len / p->frame_tokens * lf_frame_blocks(p->frame_tokens, p->block_k);
     dims->from['R' - 'A'] = "q, in blocks,";
+    indices->wants = counts->wants = "int32";
     if (lf_borrow(PyTuple_GetItem(list, 0), "indices", indices) < 0) return -1;
     if (lf_shape(indices, "BHRM", dims) < 0 || lf_contiguous(indices) < 0) return -1;
     if (lf_borrow(PyTuple_GetItem(list, 1), "counts", counts) < 0) return -1;
