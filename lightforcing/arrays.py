@@ -1,4 +1,4 @@
-"""Array kinds: torch, NumPy, and anything else with ``__dlpack__``, without importing any of them."""
+"""Array kinds: torch, NumPy, and whatever else has ``__dlpack__``, without importing them."""
 
 from __future__ import annotations
 
