@@ -97,6 +97,7 @@ typedef struct {
 } lf_compress_params;
 
 int lf_compress_cpu(const lf_compress_params *p, lf_error *err);
+int lf_compress_cuda(const lf_compress_params *p, lf_place place, lf_error *err);
 
 /* ---- select: which key blocks each query block keeps ----------------------------- */
 
@@ -127,6 +128,10 @@ lf_select_budget lf_select_plan(int64_t q_frames, int64_t k_frames, int64_t fram
 
 int lf_select_cpu(const lf_select_params *p, lf_error *err);
 
+/* Bytes of device memory that lf_select_cuda() works in; their content does not matter. */
+int64_t lf_select_cuda_workspace(const lf_select_params *p);
+int lf_select_cuda(const lf_select_params *p, void *workspace, lf_place place, lf_error *err);
+
 /* ---- attend: exact softmax attention over the kept key blocks -------------------- */
 
 typedef struct {
@@ -142,6 +147,14 @@ typedef struct {
 
 /* An empty row gives zeros and LSE -inf. Precondition: indices are in range. */
 int lf_attend_cpu(const lf_attend_params *p, lf_error *err);
+
+/* On a GPU the lists cannot be checked beforehand: an index out of range is skipped. */
+int lf_attend_cuda(const lf_attend_params *p, lf_place place, lf_error *err);
+
+/* The kernels behind it. can_run answers 1, or 0 with a reason in words in err->text. */
+int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_error *err);
+int lf_attend_sm90(const lf_attend_params *p, lf_place place, lf_error *err);
+int lf_attend_sm90_can_run(const lf_attend_params *p, int device, lf_error *err);
 
 /* ---- this build -------------------------------------------------------------------- */
 
@@ -162,6 +175,13 @@ const char *lf_cuda_archs(void);
 
 /* Versions as CUDA counts them (13000 is 13.0), 0 if unknown; returns 0 or CUDA's error number. */
 int lf_cuda_versions(int *driver, int *runtime, int *devices);
+
+/* Loads every kernel on a device and sets its attributes, so that no later call does it (a CUDA
+ * graph could not capture that). */
+int lf_cuda_warmup(int device, lf_error *err);
+
+/* "auto", "portable" or "sm90": the attention kernel of later calls, process-wide. -1: unknown. */
+int lf_cuda_force_kernel(const char *name);
 
 #ifdef __cplusplus
 }
