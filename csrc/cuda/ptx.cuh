@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cstdint>
+#include <type_traits>
 
 namespace lf {
 
@@ -18,5 +19,174 @@ __device__ __forceinline__ uint32_t smem_address(const void *pointer)
 /* ---- any chip since sm_80: cp.async, ldmatrix, mma.sync (kernels: attend.cu, select.cu) ------- */
 
 /* ---- Hopper: mbarrier, TMA, wgmma, setmaxnreg (kernels: *_sm90.cu) ---------------------------- */
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* mbarrier.init: opens a phase after `arrivals` arrivals (and the bytes announced meanwhile). */
+__device__ __forceinline__ void mbarrier_init(uint64_t *barrier, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)),
+                 "r"(arrivals)
+                 : "memory");
+}
+
+/* fence.mbarrier_init: makes initialised barriers visible to the copy engine. */
+__device__ __forceinline__ void fence_mbarrier_init()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier))
+                 : "memory");
+}
+
+/* mbarrier.arrive.expect_tx: one arrival, and `bytes` more to come from the copy engine. */
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t *barrier, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     smem_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+/* mbarrier.try_wait: true once the phase with this parity is complete. */
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t *barrier, uint32_t parity)
+{
+    uint32_t done;
+    asm volatile("{\n\t"
+                 ".reg .pred p;\n\t"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                 "selp.u32 %0, 1, 0, p;\n\t"
+                 "}"
+                 : "=r"(done)
+                 : "r"(smem_address(barrier)), "r"(parity)
+                 : "memory");
+    return done;
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, uint32_t parity)
+{
+    while (!mbarrier_try_wait(barrier, parity)) {}
+}
+
+/* bar.sync / bar.arrive on a named barrier (1 to 15) that `threads` threads reach. */
+__device__ __forceinline__ void bar_sync(uint32_t barrier, uint32_t threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void bar_arrive(uint32_t barrier, uint32_t threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+/* setmaxnreg: registers a thread of this warpgroup from here on. */
+template <int REGISTERS> __device__ __forceinline__ void setmaxnreg_inc()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS> __device__ __forceinline__ void setmaxnreg_dec()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+__device__ __forceinline__ void prefetch_tensormap(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* cp.async.bulk.tensor.4d: one box of a 4-D tensor map into shared memory. */
+__device__ __forceinline__ void tma_load_4d(uint32_t target, const CUtensorMap *map,
+                                            uint64_t *barrier, int c0, int c1, int c2, int c3)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
+                 "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
+/* A wgmma matrix descriptor: 128-byte swizzle, byte offsets as the PTX ISA names them. */
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t leading,
+                                                     uint32_t stride)
+{
+    return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 |
+           uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+}
+
+__device__ __forceinline__ void wgmma_fence()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit_group()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING> __device__ __forceinline__ void wgmma_wait_group()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// The 64 accumulators of a 64 x 128 tile, as operands and as the list in the instruction.
+#define LF_ACC8(c, i)                                                                              \
+    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]),    \
+        "+f"(c[i + 6]), "+f"(c[i + 7])
+#define LF_ACC64(c)                                                                                \
+    LF_ACC8(c, 0), LF_ACC8(c, 8), LF_ACC8(c, 16), LF_ACC8(c, 24), LF_ACC8(c, 32), LF_ACC8(c, 40),  \
+        LF_ACC8(c, 48), LF_ACC8(c, 56)
+#define LF_LIST64                                                                                  \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "   \
+    "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "   \
+    "%56, %57, %58, %59, %60, %61, %62, %63}"
+
+/* wgmma.mma_async m64n128k16, A and B from shared memory, both K-major:
+ * c = A B^T + (accumulate ? c : 0). */
+template <typename T>
+__device__ __forceinline__ void wgmma_m64n128k16(float (&c)[64], uint64_t a, uint64_t b,
+                                                 int accumulate)
+{
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " LF_LIST64
+                     ", %64, %65, p, 1, 1, 0, 0;\n\t}"
+                     : LF_ACC64(c)
+                     : "l"(a), "l"(b), "r"(accumulate));
+    else
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " LF_LIST64
+                     ", %64, %65, p, 1, 1, 0, 0;\n\t}"
+                     : LF_ACC64(c)
+                     : "l"(a), "l"(b), "r"(accumulate));
+}
+
+/* The same with A from registers and B rows of N (transposed): c = A B + (accumulate ? c : 0). */
+template <typename T>
+__device__ __forceinline__ void wgmma_m64n128k16_rs(float (&c)[64], const uint32_t *a, uint64_t b,
+                                                    int accumulate)
+{
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " LF_LIST64
+                     ", {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n\t}"
+                     : LF_ACC64(c)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+    else
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %69, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " LF_LIST64
+                     ", {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n\t}"
+                     : LF_ACC64(c)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+#undef LF_ACC8
+#undef LF_ACC64
+#undef LF_LIST64
+
+#endif  // sm_90a
 
 }  // namespace lf
