@@ -175,7 +175,7 @@ class BlockList:
 
         def ordered(flags):
             counts = flags.sum(-1, dtype=torch.int32)
-            return counts, flags.to(torch.int8).argsort(-1, descending=True, stable=True).int()
+            return counts, flags.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
 
         if tokens % block_k == 0:
             nothing = ordered(torch.zeros_like(kept))

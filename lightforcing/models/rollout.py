@@ -7,6 +7,7 @@ leave clean keys and values in the cache (Self Forcing, arXiv 2506.08009, algori
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Rollout:
         if not 1 <= size <= most:
             raise ValueError(f"frames_per_chunk: expected 1 .. {most}, got {size}")
         self.model = model
+        model.num_frame_per_block = size  # as other pipelines do: a patch counts chunks by it
         self.timesteps = [schedule.warp(s) if warp else float(s) for s in steps]
         self.sigmas = [schedule.sigma(t) for t in self.timesteps]
         self.frames_per_chunk = size
@@ -120,7 +122,6 @@ class Rollout:
             )
         return list(range(first, num_frames + 1, self.frames_per_chunk))
 
-    @torch.no_grad()
     def stream(
         self,
         num_frames: int | None = None,
@@ -133,7 +134,9 @@ class Rollout:
         cache: WanCache | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Chunk]:
-        """Yields the chunks of a video, each as soon as it is denoised and cached.
+        """The chunks of a video, each as soon as it is denoised and cached.
+
+        Arguments are checked at once, the model runs when the iterator is asked.
 
         Args:
             num_frames: latent frames F. None goes on without end and needs a window. With ``noise``
@@ -147,6 +150,9 @@ class Rollout:
             seed: of all noise; or a generator on the model's device, which is used up.
             cache: from :meth:`CausalWan.new_cache`, to be used again (it is reset); None makes one.
             progress: called after each forward with the chunk and the forward within it.
+
+        Returns:
+            An iterator of :class:`Chunk`.
 
         Raises:
             ValueError: a size does not fit the model or the chunks.
@@ -166,15 +172,13 @@ class Rollout:
         draw = seed
         if not isinstance(seed, torch.Generator):
             draw = torch.Generator(device=model.device).manual_seed(seed)
-        start = 0
-        for index, end in enumerate(ends):
-            clock = _Clock(model.device)
-            shape = (batch, end - start, model.config.in_dim, *size)
-            x = _normal(shape, model, draw) if noise is None else noise[:, start:end]
-            clean = self._denoise(x, start, index, context, cache, draw, progress)
-            clock.stop()
-            yield Chunk(index, start, clean, clock)
-            start = end
+
+        def begin(start, end):
+            if noise is not None:
+                return noise[:, start:end]
+            return _normal((batch, end - start, model.config.in_dim, *size), model, draw)
+
+        return self._chunks(ends, begin, context, cache, draw, progress)
 
     def generate(self, num_frames: int | None = None, **arguments) -> Video:
         """The whole video; takes what :meth:`stream` takes, and must have an end."""
@@ -188,9 +192,19 @@ class Rollout:
             return self.chunk_ends(num_frames)
         if self.model.config.window_frames is None:
             raise ValueError("num_frames: a video without end needs window_frames, got None")
-        return _forever(
-            1 if self.lone_first_frame else self.frames_per_chunk, self.frames_per_chunk
-        )
+        first = 1 if self.lone_first_frame else self.frames_per_chunk
+        return itertools.count(first, self.frames_per_chunk)
+
+    @torch.no_grad()
+    def _chunks(self, ends, begin, context, cache, draw, progress):
+        start = 0
+        for index, end in enumerate(ends):
+            clock = _Clock(self.model.device)
+            x = begin(start, end)
+            clean = self._denoise(x, start, index, context, cache, draw, progress)
+            clock.stop()
+            yield Chunk(index, start, clean, clock)
+            start = end
 
     def _denoise(self, x, start, index, context, cache, draw, progress):
         """x0 of one chunk, whose clean keys and values are in the cache afterwards."""
@@ -237,9 +251,3 @@ class _Clock:
 
 def _normal(shape, model, draw) -> torch.Tensor:
     return torch.randn(shape, generator=draw, dtype=model.dtype, device=model.device)
-
-
-def _forever(end: int, size: int) -> Iterator[int]:
-    while True:
-        yield end
-        end += size

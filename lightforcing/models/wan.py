@@ -81,9 +81,10 @@ class CausalWan(nn.Module):
         """Draws random weights for which attention has something to select; returns the model.
 
         Matrices keep the scale of their input. Gates are open (1) and the head is not zero, so that
-        every layer moves the output. Queries and keys of a layer share one random bias: with it a
-        token looks most at tokens near it in time and space, as in trained models; without it
-        attention is close to uniform and no selection of blocks beats another.
+        every layer moves the output. Queries and keys of a layer share one random bias, which makes
+        a token look most at tokens near it in time and space, and their norms have a gain of 2,
+        which makes it look at few: trained models are like that. With independent projections and
+        unit gains attention is close to uniform, and no selection of blocks beats another.
 
         Args:
             seed: the same seed gives the same weights on the same kind of device.
@@ -100,8 +101,11 @@ class CausalWan(nn.Module):
                     module.bias.data.zero_()
         for block in self.blocks:
             block.modulation.data.zero_()[:, [2, 5]] = 1.0
-            block.self_attn.q.bias.data.normal_(0.0, 1.0, generator=draw)
-            block.self_attn.k.bias.data.copy_(block.self_attn.q.bias.data)
+            layer = block.self_attn
+            layer.q.bias.data.normal_(0.0, 2.0, generator=draw)
+            layer.k.bias.data.copy_(layer.q.bias.data)
+            layer.norm_q.weight.data.fill_(2.0)
+            layer.norm_k.weight.data.fill_(2.0)
         self.head.modulation.data.zero_()
         return self
 
@@ -277,11 +281,11 @@ class CausalWan(nn.Module):
         if context is None:
             raise ValueError(f"context: expected text embeddings {wanted}, got None")
         shape = context.shape
-        if len(shape) != 3 or (shape[0], shape[2]) != (batch, config.text_dim):
+        fits = len(shape) == 3 and (shape[0], shape[2]) == (batch, config.text_dim)
+        if not fits or shape[1] > config.text_len:
             raise ValueError(f"context: expected text embeddings {wanted}, got {list(shape)}")
-        if shape[1] > config.text_len:
-            raise ValueError(f"context: expected text embeddings {wanted}, got {list(shape)}")
-        return self.text_embedding(F.pad(context, (0, 0, 0, config.text_len - shape[1])))
+        context = F.pad(context.to(self.dtype), (0, 0, 0, config.text_len - shape[1]))
+        return self.text_embedding(context)
 
 
 def sinusoid(times: torch.Tensor, dim: int) -> torch.Tensor:
