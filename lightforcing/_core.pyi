@@ -17,7 +17,15 @@ def cag_schedule(
     law: str,
     /,
 ) -> tuple[NDArray[np.float64], float]: ...
-def compress(x: Any, out: Any | None, empty: Empty, frame_tokens: int, block: int, /) -> Any: ...
+def compress(
+    x: Any,
+    out: Any | None,
+    empty: Empty,
+    frame_tokens: int,
+    block: int,
+    stream: int | None,
+    /,
+) -> Any: ...
 def select_plan(
     q_frames: int,
     k_frames: int,
@@ -44,6 +52,7 @@ def select_blocks(
     block_k: int,
     scale: float | None,
     want_scores: bool,
+    stream: int | None,
     /,
 ) -> tuple[Any, Any | None, int, int, int]: ...
 def block_sparse_attention(
@@ -55,6 +64,7 @@ def block_sparse_attention(
     empty: Empty,
     scale: float | None,
     want_lse: bool,
+    stream: int | None,
     /,
 ) -> Any: ...
 def lists_to_bool(
@@ -68,4 +78,6 @@ def threads() -> int: ...
 def set_threads(threads: int, /) -> None: ...
 def isa() -> str: ...
 def force_isa(name: str, /) -> None: ...
+def cuda_warmup(device: int, /) -> None: ...
+def force_kernel(name: str, /) -> None: ...
 def build_info() -> dict[str, Any]: ...

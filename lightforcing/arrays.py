@@ -58,6 +58,18 @@ def _numpy_empty(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.empty(shape, dtype)
 
 
+def stream_of(x: Any) -> int | None:
+    """The current CUDA stream of a producer without a DLPack exchange table, else None."""
+    if hasattr(type(x), "__dlpack_c_exchange_api__"):
+        return None  # the table names it
+    if is_torch(x):
+        return sys.modules["torch"].cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return cupy.cuda.get_current_stream().ptr
+    return None
+
+
 def like(result: Any, model: Any) -> Any:
     """A NumPy result as the kind of ``model``: torch on its device, or its array namespace."""
     if not isinstance(result, np.ndarray) or isinstance(model, np.ndarray):

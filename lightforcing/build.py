@@ -23,17 +23,30 @@ def info() -> dict[str, Any]:
     """
     torch = sys.modules.get("torch")
     facts = {"version": __version__, "binary": _core.__file__, **_core.build_info()}
-    facts["cuda_kernels"] = False
+    facts["cuda_kernels"] = facts["cuda_built"]
     facts["cuda_archs"] = facts["cuda_archs"].split()
     facts["numpy"] = np.__version__
     facts["torch"] = None if torch is None else str(torch.__version__)
     return facts
 
 
-def warmup() -> None:
-    """Make the first call as fast as the next: starts the worker threads.
+def warmup(*devices: int) -> None:
+    """Make the first call as fast as the next, and safe to capture in a CUDA graph.
 
-    ``patch`` calls it; calling it again costs microseconds.
+    Starts the worker threads of the CPU operators, and loads every kernel on the given CUDA
+    devices. ``patch`` calls it; calling it again costs microseconds.
+
+    Args:
+        *devices: indices of CUDA devices; none is torch's current one, where torch sees a GPU.
+
+    Raises:
+        NotImplementedError: a device is named and this build has no CUDA half.
+        RuntimeError: CUDA refuses, for example because the driver is too old.
     """
     x = np.zeros((1, max(1, _core.threads()), 1, 8), np.float32)
-    _core.compress(x, None, lambda shape, dtype: np.empty(shape, dtype), 1, 4)
+    _core.compress(x, None, lambda shape, dtype: np.empty(shape, dtype), 1, 4, None)
+    torch = sys.modules.get("torch")
+    if not devices and torch is not None and torch.cuda.is_available() and info()["cuda_kernels"]:
+        devices = (torch.cuda.current_device(),)
+    for device in devices:
+        _core.cuda_warmup(device)

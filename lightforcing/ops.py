@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _core
-from .arrays import allocator, like, ready, writable
+from .arrays import allocator, like, ready, stream_of, writable
 from .blocks import BlockList
 
 Tensor = Any  # torch.Tensor, numpy.ndarray or another DLPack producer
@@ -44,7 +44,9 @@ def compress(x: Tensor, frame_tokens: int, *, block: int = 64, out: Tensor | Non
     Reference: :func:`lightforcing.reference.compress`.
     """
     x = ready(x, "x")
-    return like(_core.compress(x, writable(out), allocator(x), frame_tokens, block), x)
+    return like(
+        _core.compress(x, writable(out), allocator(x), frame_tokens, block, stream_of(x)), x
+    )
 
 
 def plan_selection(
@@ -139,7 +141,7 @@ def select_blocks(
     indices, scores, used, q_len, k_len = _core.select_blocks(
         q, k, None if k_means is None else ready(k_means, "k_means"), allocator(q), frame_tokens,
         sparsity, keep_frames, sink_frames, near_frames, score, hierarchy, block_q, block_k, scale,
-        return_scores,
+        return_scores, stream_of(q),
     )  # fmt: skip
     blocks = BlockList.full_rows(
         like(indices, q), q_len, k_len, frame_tokens, block_q, block_k, used
@@ -186,7 +188,7 @@ def block_sparse_attention(
     q, k, v = ready(q, "q"), ready(k, "k"), ready(v, "v")
     rows = blocks._row() if isinstance(blocks, BlockList) else blocks
     result = _core.block_sparse_attention(
-        q, k, v, rows, writable(out), allocator(q), scale, return_lse
+        q, k, v, rows, writable(out), allocator(q), scale, return_lse, stream_of(q)
     )
     if return_lse:
         return like(result[0], q), like(result[1], q)

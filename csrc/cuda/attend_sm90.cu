@@ -28,9 +28,9 @@ namespace {
 using namespace lf;
 
 constexpr int DIM = 128;
-constexpr int TILE = 128;      // query rows of a tile
-constexpr int HALF = 64;       // rows of a warpgroup, keys of a slot, columns of a swizzled box
-constexpr int STEP = 128;      // keys of a step: two slots
+constexpr int TILE = 128;  // query rows of a tile
+constexpr int HALF = 64;   // rows of a warpgroup, keys of a slot, columns of a swizzled box
+constexpr int STEP = 128;  // keys of a step: two slots
 constexpr int STAGES = 2;
 constexpr int CONSUMERS = 256;
 constexpr int BOX = HALF * HALF * 2;    // bytes of one TMA box: 64 rows of 128 bytes
@@ -82,7 +82,8 @@ __device__ __forceinline__ bool item_at(const Params &p, int i, int *tile, int *
     return int(blockIdx.x) < 2 * p.rest;
 }
 
-/* ---- producer: one warp, lane 0 issues --------------------------------------------------------- */
+/* ---- producer: one warp, lane 0 issues ---------------------------------------------------------
+ */
 
 struct Maps {
     const CUtensorMap *q, *k, *v;
@@ -181,7 +182,8 @@ __device__ __forceinline__ void produce(Shared &s, const Params &p, const Maps &
     }
 }
 
-/* ---- consumers: two warpgroups ----------------------------------------------------------------- */
+/* ---- consumers: two warpgroups -----------------------------------------------------------------
+ */
 
 /* Rows of a thread: lane / 4 and lane / 4 + 8 of its warp's 16; element i is row (i >> 1) & 1,
  * column 8 * (i / 4) + 2 * (lane % 4) + (i & 1). */
@@ -239,8 +241,7 @@ __device__ __forceinline__ void softmax(float (&s)[64], RowState &state, float (
     for (int r = 0; r < 2; r++) {
         float high = state.max[r];
 #pragma unroll
-        for (int i = 0; i < 64; i += 4)
-            high = fmaxf(high, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+        for (int i = 0; i < 64; i += 4) high = fmaxf(high, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
         high = fminf(high, FLT_MAX);
@@ -433,8 +434,7 @@ __device__ __forceinline__ void consume_half(Shared &s, const Params &p, const I
     store<T>(p, o, state, item, group);
 }
 
-template <typename T>
-__device__ __forceinline__ void consume(Shared &s, const Params &p, int group)
+template <typename T> __device__ __forceinline__ void consume(Shared &s, const Params &p, int group)
 {
     const bool lead = threadIdx.x % 128 == 0;
     float logits[64], o[64], alpha[2];
@@ -524,8 +524,7 @@ __device__ __forceinline__ void consume(Shared &s, const Params &p, int group)
         }
     }
     if (group == 0) my_turn(0);  // takes the arrival that the last step left behind
-    if (item.steps > 0)
-        consume_half<T>(s, p, item, q_rows(item.half), ring, i & 1, group, lead);
+    if (item.steps > 0) consume_half<T>(s, p, item, q_rows(item.half), ring, i & 1, group, lead);
 }
 
 template <typename T>
@@ -535,8 +534,8 @@ __global__ void __launch_bounds__(384, 1)
 {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ uint8_t raw[];
-    Shared &s = *reinterpret_cast<Shared *>((reinterpret_cast<uintptr_t>(raw) + 1023) &
-                                            ~uintptr_t(1023));
+    Shared &s =
+        *reinterpret_cast<Shared *>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
     const int group = threadIdx.x / 128;
 
     if (threadIdx.x == 0) {
@@ -606,8 +605,9 @@ int encode(CUtensorMap *map, const lf_tensor &x, const lf_attend_params *p, int6
                                    cuuint64_t(x.batch) * 2};
     const cuuint32_t box[4] = {HALF, 1, HALF, 1}, every[4] = {1, 1, 1, 1};
     const CUresult status = encoder()(
-        map, p->dtype == LF_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        4, x.data, sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        map,
+        p->dtype == LF_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+        x.data, sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status == CUDA_SUCCESS) return 0;

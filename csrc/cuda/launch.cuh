@@ -25,8 +25,10 @@ struct DeviceGuard {
     explicit DeviceGuard(int device)
     {
         (void)cudaGetDevice(&before);
-        if (before != device) (void)cudaSetDevice(device);
-        else before = -1;
+        if (before != device)
+            (void)cudaSetDevice(device);
+        else
+            before = -1;
     }
     ~DeviceGuard()
     {

@@ -16,9 +16,11 @@ __device__ __forceinline__ uint32_t smem_address(const void *pointer)
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/* ---- any chip since sm_80: cp.async, ldmatrix, mma.sync (kernels: attend.cu, select.cu) ------- */
+/* ---- any chip since sm_80: cp.async, ldmatrix, mma.sync (kernels: attend.cu, select.cu) -------
+ */
 
-/* ---- Hopper: mbarrier, TMA, wgmma, setmaxnreg (kernels: *_sm90.cu) ---------------------------- */
+/* ---- Hopper: mbarrier, TMA, wgmma, setmaxnreg (kernels: *_sm90.cu) ----------------------------
+ */
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -45,10 +47,10 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier)
 /* mbarrier.arrive.expect_tx: one arrival, and `bytes` more to come from the copy engine. */
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t *barrier, uint32_t bytes)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     smem_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 
 /* mbarrier.try_wait: true once the phase with this parity is complete. */
@@ -68,7 +70,8 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t *barrier, uint32_t pa
 
 __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, uint32_t parity)
 {
-    while (!mbarrier_try_wait(barrier, parity)) {}
+    while (!mbarrier_try_wait(barrier, parity)) {
+    }
 }
 
 /* bar.sync / bar.arrive on a named barrier (1 to 15) that `threads` threads reach. */

@@ -299,7 +299,12 @@ int lf_borrow(PyObject *object, const char *name, lf_arg *arg)
     if (table) {
         DLTensor t;
         if (table->dltensor_from_py_object_no_sync(object, &t) != 0) return blame(name);
-        return read_dltensor(&t, arg);
+        if (read_dltensor(&t, arg) < 0) return -1;
+        if (arg->device < 0) return 0;
+        arg->has_stream = 1;
+        if (table->current_work_stream(t.device.device_type, t.device.device_id, &arg->stream) != 0)
+            return blame(name);
+        return 0;
     }
     if (PyObject_HasAttrString(object, "__dlpack__")) return borrow_capsule(object, arg);
     PyErr_Format(PyExc_TypeError,

@@ -21,6 +21,8 @@ typedef struct {
     lf_dtype dtype;
     int device;  // -1: CPU, else the CUDA device
     int is_readonly;
+    int has_stream;  // the producer's exchange table named its current stream
+    void *stream;
     PyObject *capsule;  // what __dlpack__ gave, kept as long as the memory is used
     PyObject *owner;    // an output's object: the call's result
 } lf_arg;
@@ -51,8 +53,11 @@ int lf_same_dtype(const lf_arg *arg, const lf_arg *like);
 int lf_is_float(const lf_arg *arg);
 int lf_expect_dtype(const lf_arg *arg, lf_dtype dtype);
 
-/* All arguments on one device, which the operator `op` has kernels for. */
-int lf_placed(const char *op, int count, const lf_arg *const args[]);
+/* All arguments on one device, which the operator `op` has kernels for. On a GPU the stream is the
+ * producer's current one: asked of the first argument's exchange table, else `stream` (an integer,
+ * or None where there is none to name). */
+int lf_placed(const char *op, int count, const lf_arg *const args[], PyObject *stream,
+              lf_place *place);
 
 /* The [B, L, H, D] view that the core takes. */
 lf_tensor lf_view(const lf_arg *arg);

@@ -108,10 +108,13 @@ static void place_name(int device, char text[24])
         PyOS_snprintf(text, 24, "cuda:%d", device);
 }
 
-int lf_placed(const char *op, int count, const lf_arg *const args[])
+int lf_placed(const char *op, int count, const lf_arg *const args[], PyObject *stream,
+              lf_place *place)
 {
     char here[24], there[24];
 
+    place->device = args[0]->device;
+    place->stream = args[0]->stream;
     place_name(args[0]->device, there);
     for (int i = 1; i < count; i++) {
         if (args[i]->device == args[0]->device || !args[i]->name) continue;
@@ -120,14 +123,23 @@ int lf_placed(const char *op, int count, const lf_arg *const args[])
                      args[0]->name, there);
         return -1;
     }
-    if (args[0]->device >= 0) {
-        PyErr_Format(
-            PyExc_NotImplementedError,
-            "%s: expected tensors on the CPU, got %s: this build has no CUDA kernel for it", op,
-            there);
+    if (place->device < 0) return 0;
+    if (!lf_cuda_built()) {
+        PyErr_Format(PyExc_NotImplementedError,
+                     "%s: expected tensors on the CPU, got %s: this build has no CUDA half; put "
+                     "nvcc on PATH and run pip install --force-reinstall --no-cache-dir .",
+                     op, there);
         return -1;
     }
-    return 0;
+    if (args[0]->has_stream) return 0;
+    if (stream == Py_None) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected a library whose current CUDA stream is known (torch, CuPy)",
+                     args[0]->name);
+        return -1;
+    }
+    place->stream = PyLong_AsVoidPtr(stream);
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 lf_tensor lf_view(const lf_arg *arg)

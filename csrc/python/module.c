@@ -40,6 +40,37 @@ static PyObject *py_force_isa(PyObject *Py_UNUSED(module), PyObject *name)
     return Py_NewRef(Py_None);
 }
 
+/* cuda_warmup(device): loads every kernel there. */
+static PyObject *py_cuda_warmup(PyObject *Py_UNUSED(module), PyObject *device)
+{
+    lf_error err = {0};
+    int64_t index;
+    int status;
+
+    if (lf_integer(device, "device", 0, 1023, &index) < 0) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = lf_cuda_warmup((int)index, &err);
+    Py_END_ALLOW_THREADS
+    return status < 0 ? lf_raise(&err) : Py_NewRef(Py_None);
+}
+
+/* force_kernel(name): "auto", "portable" or "sm90" for the attention of later CUDA calls. */
+static PyObject *py_force_kernel(PyObject *Py_UNUSED(module), PyObject *name)
+{
+    const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, NULL) : NULL;
+
+    if (!text) {
+        PyErr_Clear();
+        return PyErr_Format(PyExc_TypeError, "kernel: expected a name, got %R", name);
+    }
+    if (lf_cuda_force_kernel(text) < 0)
+        return PyErr_Format(PyExc_ValueError,
+                            "kernel: expected 'auto', 'portable' or 'sm90' in a build with CUDA, "
+                            "got %R",
+                            name);
+    return Py_NewRef(Py_None);
+}
+
 /* build_info() -> dict of what this binary holds and what its CUDA half finds. */
 static PyObject *py_build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
@@ -81,6 +112,8 @@ static PyMethodDef methods[] = {
     {"set_threads", py_set_threads, METH_O, NULL},
     {"isa", py_isa, METH_NOARGS, NULL},
     {"force_isa", py_force_isa, METH_O, NULL},
+    {"cuda_warmup", py_cuda_warmup, METH_O, NULL},
+    {"force_kernel", py_force_kernel, METH_O, NULL},
     {"build_info", py_build_info, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

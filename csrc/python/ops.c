@@ -48,19 +48,20 @@ static int softmax_scale(PyObject *object, int64_t dim, double *scale)
     return -1;
 }
 
-/* compress(x, out | None, empty, frame_tokens, block) -> out */
+/* compress(x, out | None, empty, frame_tokens, block, stream | None) -> out */
 PyObject *py_compress(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     lf_arg x = {0}, out = {0};
     lf_dims dims = {0};
     lf_error err = {0};
     lf_compress_params p = {0};
+    lf_place place;
     PyObject *result = NULL;
     int status;
 
-    if (lf_arguments("compress", 5, nargs) < 0) goto done;
+    if (lf_arguments("compress", 6, nargs) < 0) goto done;
     if (lf_borrow(args[0], "x", &x) < 0 || lf_shape(&x, "BLHD", &dims) < 0) goto done;
-    if (lf_is_float(&x) < 0 || lf_placed("compress", 1, (const lf_arg *[]){&x}) < 0) goto done;
+    if (lf_is_float(&x) < 0) goto done;
     if (head_size(&x, LF_DIM(dims, 'D')) < 0) goto done;
     if (lf_integer(args[3], "frame_tokens", 1, INT32_MAX, &p.frame_tokens) < 0) goto done;
     if (block_size(args[4], "block", 4, &p.block) < 0) goto done;
@@ -70,7 +71,7 @@ PyObject *py_compress(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     LF_DIM(dims, 'J') = p.frames * lf_frame_blocks(p.frame_tokens, p.block);
     dims.from['J' - 'A'] = "x, in blocks,";
     if (lf_borrow_out(args[1], args[2], "out", "BJHD", LF_F32, &dims, &out) < 0) goto done;
-    if (lf_placed("compress", 2, (const lf_arg *[]){&x, &out}) < 0) goto done;
+    if (lf_placed("compress", 2, (const lf_arg *[]){&x, &out}, args[5], &place) < 0) goto done;
 
     p.x = lf_view(&x);
     p.out = lf_view(&out);
@@ -79,7 +80,7 @@ PyObject *py_compress(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     p.dim = LF_DIM(dims, 'D');
     p.dtype = x.dtype;
     Py_BEGIN_ALLOW_THREADS
-    status = lf_compress_cpu(&p, &err);
+    status = place.device < 0 ? lf_compress_cpu(&p, &err) : lf_compress_cuda(&p, place, &err);
     Py_END_ALLOW_THREADS
     result = status < 0 ? lf_raise(&err) : Py_NewRef(out.owner);
 
@@ -190,24 +191,25 @@ static int read_means(PyObject *object, const lf_dims *dims, lf_arg *means, lf_s
 }
 
 /* select_blocks(q, k, k_means | None, empty, frame_tokens, sparsity, keep_frames, sink_frames,
- *               near_frames, score, hierarchy, block_q, block_k, scale | None, want_scores)
+ *               near_frames, score, hierarchy, block_q, block_k, scale | None, want_scores,
+ *               stream | None)
  * -> (indices, scores | None, keep_frames, Lq, Lk) */
 PyObject *py_select_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    lf_arg q = {0}, k = {0}, means = {0}, indices = {0}, scores = {0};
+    lf_arg q = {0}, k = {0}, means = {0}, indices = {0}, scores = {0}, workspace = {0};
     lf_dims dims = {0};
     lf_error err = {0};
     lf_select_params p = {0};
     budget_arguments b = {0};
     lf_select_budget budget;
+    lf_place place;
     PyObject *result = NULL;
     int status, want_scores;
 
-    if (lf_arguments("select_blocks", 15, nargs) < 0) goto done;
+    if (lf_arguments("select_blocks", 16, nargs) < 0) goto done;
     if (lf_borrow(args[0], "q", &q) < 0 || lf_shape(&q, "BQHD", &dims) < 0) goto done;
     if (lf_borrow(args[1], "k", &k) < 0 || lf_shape(&k, "BKHD", &dims) < 0) goto done;
     if (lf_is_float(&q) < 0 || lf_same_dtype(&k, &q) < 0) goto done;
-    if (lf_placed("select_blocks", 2, (const lf_arg *[]){&q, &k}) < 0) goto done;
     if (head_size(&q, LF_DIM(dims, 'D')) < 0) goto done;
     if (lf_integer(args[4], "frame_tokens", 1, INT32_MAX, &p.frame_tokens) < 0) goto done;
     if (whole_frames("q", "Lq", LF_DIM(dims, 'Q'), p.frame_tokens) < 0) goto done;
@@ -229,7 +231,8 @@ PyObject *py_select_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, P
     p.q_frames = LF_DIM(dims, 'Q') / p.frame_tokens;
     p.k_frames = LF_DIM(dims, 'K') / p.frame_tokens;
     if (args[2] != Py_None && read_means(args[2], &dims, &means, &p) < 0) goto done;
-    if (lf_placed("select_blocks", 3, (const lf_arg *[]){&q, &k, &means}) < 0) goto done;
+    if (lf_placed("select_blocks", 3, (const lf_arg *[]){&q, &k, &means}, args[15], &place) < 0)
+        goto done;
     budget = lf_select_plan(p.q_frames, p.k_frames, p.frame_tokens, p.block_k, b.sparsity,
                             b.keep_frames, b.hierarchy);
     LF_DIM(dims, 'R') = lf_ceil_div(LF_DIM(dims, 'Q'), p.block_q);
@@ -253,8 +256,14 @@ PyObject *py_select_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, P
     p.near_frames = b.near_frames;
     p.hierarchy = b.hierarchy;
     p.dtype = q.dtype;
+    if (place.device >= 0) {
+        LF_DIM(dims, 'W') = lf_ceil_div(lf_select_cuda_workspace(&p), 4);
+        if (lf_borrow_out(NULL, args[3], "workspace", "W", LF_I32, &dims, &workspace) < 0)
+            goto done;
+    }
     Py_BEGIN_ALLOW_THREADS
-    status = lf_select_cpu(&p, &err);
+    status = place.device < 0 ? lf_select_cpu(&p, &err)
+                              : lf_select_cuda(&p, workspace.data, place, &err);
     Py_END_ALLOW_THREADS
     if (status < 0) {
         result = lf_raise(&err);
@@ -270,6 +279,7 @@ done:
     lf_release(&means);
     lf_release(&indices);
     lf_release(&scores);
+    lf_release(&workspace);
     return result;
 }
 
@@ -349,8 +359,8 @@ static int read_list(PyObject *list, lf_dims *dims, lf_arg *indices, lf_arg *cou
     return 0;
 }
 
-/* block_sparse_attention(q, k, v, list | None, out | None, empty, scale | None, want_lse)
- * -> out, or (out, lse) */
+/* block_sparse_attention(q, k, v, list | None, out | None, empty, scale | None, want_lse,
+ *                        stream | None) -> out, or (out, lse) */
 PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const *args,
                                     Py_ssize_t nargs)
 {
@@ -359,16 +369,16 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
     lf_dims dims = {0};
     lf_error err = {0};
     lf_attend_params p = {0};
+    lf_place place;
     PyObject *result = NULL;
     double scale;
     int status, want_lse;
 
-    if (lf_arguments("block_sparse_attention", 8, nargs) < 0) goto done;
+    if (lf_arguments("block_sparse_attention", 9, nargs) < 0) goto done;
     if (lf_borrow(args[0], "q", &q) < 0 || lf_shape(&q, "BQHD", &dims) < 0) goto done;
     if (lf_borrow(args[1], "k", &k) < 0 || lf_shape(&k, "BKHD", &dims) < 0) goto done;
     if (lf_borrow(args[2], "v", &v) < 0 || lf_shape(&v, "BKHD", &dims) < 0) goto done;
     if (lf_is_float(&q) < 0 || lf_same_dtype(&k, &q) < 0 || lf_same_dtype(&v, &q) < 0) goto done;
-    if (lf_placed("block_sparse_attention", 3, all) < 0) goto done;
     if (head_size(&q, LF_DIM(dims, 'D')) < 0) goto done;
     if (LF_DIM(dims, 'Q') < 1 || LF_DIM(dims, 'K') < 1) {
         PyErr_Format(PyExc_ValueError, "%s: expected 1 token or more, got 0",
@@ -381,7 +391,7 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
     if (want_lse < 0) goto done;
     if (lf_borrow_out(args[4], args[5], "out", "BQHD", q.dtype, &dims, &out) < 0) goto done;
     if (want_lse && lf_borrow_out(NULL, args[5], "lse", "BHQ", LF_F32, &dims, &lse) < 0) goto done;
-    if (lf_placed("block_sparse_attention", 6, all) < 0) goto done;
+    if (lf_placed("block_sparse_attention", 6, all, args[8], &place) < 0) goto done;
     for (int i = 0; i < 3; i++) {
         if (out.data && out.data == all[i]->data) {
             PyErr_Format(PyExc_ValueError, "out: expected memory of its own, got that of %s",
@@ -389,7 +399,7 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
             goto done;
         }
     }
-    if (p.indices && check_lists(&indices, &counts, &dims) < 0) goto done;
+    if (p.indices && place.device < 0 && check_lists(&indices, &counts, &dims) < 0) goto done;
 
     p.q = lf_view(&q);
     p.k = lf_view(&k);
@@ -404,7 +414,7 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
     p.scale = (float)scale;
     p.dtype = q.dtype;
     Py_BEGIN_ALLOW_THREADS
-    status = lf_attend_cpu(&p, &err);
+    status = place.device < 0 ? lf_attend_cpu(&p, &err) : lf_attend_cuda(&p, place, &err);
     Py_END_ALLOW_THREADS
     if (status < 0)
         result = lf_raise(&err);
