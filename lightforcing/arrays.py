@@ -15,6 +15,12 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def compiling() -> bool:
+    """True while torch.compile traces; never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 def ready(x: Any, name: str) -> Any:
     """The input itself, once the facts that DLPack does not carry are checked."""
     if not is_torch(x):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _core
-from .arrays import allocator, like, ready, stream_of, writable
+from .arrays import allocator, compiling, like, ready, stream_of, writable
 from .blocks import BlockList
 
 Tensor = Any  # torch.Tensor, numpy.ndarray or another DLPack producer
@@ -43,6 +43,10 @@ def compress(x: Tensor, frame_tokens: int, *, block: int = 64, out: Tensor | Non
     Source: Light Forcing (arXiv 2602.04789), token compression; float32 is ours.
     Reference: :func:`lightforcing.reference.compress`.
     """
+    if compiling():
+        from .torch_ops import traced_compress
+
+        return traced_compress(x, frame_tokens, block, out)
     x = ready(x, "x")
     return like(
         _core.compress(x, writable(out), allocator(x), frame_tokens, block, stream_of(x)), x
@@ -137,6 +141,13 @@ def select_blocks(
     means, deterministic ties, and the mass and lse scores.
     Reference: :func:`lightforcing.reference.select_blocks`.
     """
+    if compiling():
+        from .torch_ops import traced_select_blocks
+
+        return traced_select_blocks(
+            q, k, k_means, frame_tokens, sparsity, keep_frames, sink_frames, near_frames, score,
+            hierarchy, block_q, block_k, scale, return_scores,
+        )  # fmt: skip
     q, k = ready(q, "q"), ready(k, "k")
     indices, scores, used, q_len, k_len = _core.select_blocks(
         q, k, None if k_means is None else ready(k_means, "k_means"), allocator(q), frame_tokens,
@@ -185,6 +196,10 @@ def block_sparse_attention(
     Source: FlashAttention-2 (arXiv 2307.08691) for the online softmax.
     Reference: :func:`lightforcing.reference.attention`.
     """
+    if compiling():
+        from .torch_ops import traced_block_sparse_attention
+
+        return traced_block_sparse_attention(q, k, v, blocks, scale, return_lse, out)
     q, k, v = ready(q, "q"), ready(k, "k"), ready(v, "v")
     rows = blocks._row() if isinstance(blocks, BlockList) else blocks
     result = _core.block_sparse_attention(
