@@ -16,8 +16,89 @@ __device__ __forceinline__ uint32_t smem_address(const void *pointer)
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/* ---- any chip since sm_80: cp.async, ldmatrix, mma.sync (kernels: attend.cu, select.cu) -------
- */
+/* ---- any chip since sm_80: cp.async, ldmatrix, mma.sync (kernels: attend.cu, select.cu) ---- */
+
+/* cp.async of 16 bytes from global to shared memory, past L1; both 16-byte aligned. */
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
+                 : "memory");
+}
+
+/* The same of the first `bytes` (0 to 16), the rest zeros; with 0 nothing is read. */
+__device__ __forceinline__ void cp_async_16_zfill(uint32_t to, const void *from, uint32_t bytes)
+{
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+
+/* cp.async.commit_group: this thread's copies since the last call become a group. */
+__device__ __forceinline__ void cp_async_commit_group()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* cp.async.wait_group: at most PENDING of this thread's groups, the latest, are under way. */
+template <int PENDING> __device__ __forceinline__ void cp_async_wait_group()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/* ldmatrix: four 8x8 matrices of 16-bit elements; lane 8 i + r has the address of row r of i. */
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], uint32_t from)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+/* ldmatrix.trans: the same, each matrix transposed. */
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&to)[4], uint32_t from)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+/* mma.m16n8k16: c (16 x 8, float32) += a (16 x 16) b (16 x 8), b in two registers. */
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1);
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4],
+                                                            uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4],
+                                                     uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* ex2.approx: 2^x to about 2 ulp, below 2^-126 zero; exp2f() takes two instructions more. */
+__device__ __forceinline__ float ex2_approx_ftz(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* bar.sync on a named barrier (1 to 15; 0 is __syncthreads) that `threads` threads reach. */
+__device__ __forceinline__ void bar_sync(uint32_t barrier, uint32_t threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 /* ---- Hopper: mbarrier, TMA, wgmma, setmaxnreg (kernels: *_sm90.cu) ----------------------------
  */
@@ -74,12 +155,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, uint32_t parity
     }
 }
 
-/* bar.sync / bar.arrive on a named barrier (1 to 15) that `threads` threads reach. */
-__device__ __forceinline__ void bar_sync(uint32_t barrier, uint32_t threads)
-{
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
+/* bar.arrive: counts this thread in without waiting. */
 __device__ __forceinline__ void bar_arrive(uint32_t barrier, uint32_t threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
