@@ -1,0 +1,770 @@
+/* Block-sparse and dense attention on any chip since sm_80: mma.sync, ldmatrix, cp.async.
+ *
+ * A block takes the 128 (or 64) query rows of one list and walks the kept keys in steps of 64. Its
+ * eight warps are two groups of four; group g takes steps g, g + 2, ... with copies, barrier and
+ * online softmax of its own, so that one group's exponentials lie under the other's products:
+ *
+ *   group 0   | q k  | softmax | p v  | q k  | softmax | p v  |            \
+ *   group 1        | q k  | softmax | p v  | q k  | softmax | p v  |  ----- merge, store
+ *   copies      k v k v k v ...  each group's ring of 2 or 4 tiles
+ *
+ * In a group of 128 rows each warp has 32 rows and all 64 keys of a step; of 64 rows, 32 rows and
+ * 32 keys. 32 rows a warp because a fragment read from shared memory must serve two products: with
+ * 16 the reads (2 clocks a product) would bound Hopper and Ampere. In the end the parts of a row
+ * are merged pairwise, each warp passing on half of its columns, always in the same order.
+ *
+ *   grid    one block a list row; those past the last whole round over the SMs come as two halves
+ *           of 64 rows, if that saves half a round
+ *   shared  Q, two rings of K and V tiles: 96 KB with rings of 2 (D = 128), 160 KB with 4
+ *   limits  255 registers (no second block an SM); shared memory reads, then the tensor cores */
+#include "kernels.h"
+#include "launch.cuh"
+#include "ptx.cuh"
+#include "tile.cuh"
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+using namespace lf;
+
+constexpr uint32_t GROUPS = 2, GROUP_WARPS = 4, WARPS = GROUPS * GROUP_WARPS;
+constexpr uint32_t GROUP_THREADS = 32 * GROUP_WARPS, THREADS = 32 * WARPS;
+constexpr uint32_t STEP = 64;        // keys of a step
+constexpr uint32_t TILE_ROWS = 128;  // most query rows of a block
+constexpr uint32_t WARP_ROWS = 32;
+constexpr uint32_t ALL = 0xffffffffu;
+
+/* What the host derives from the parameters. Byte strides; a piece is the run of consecutive keys
+ * that a step takes from one list entry (min(block_k, 64)); without a list the entries are the
+ * 64-key blocks of one frame of Lk tokens. */
+struct Plan {
+    int64_t q_token, k_token, v_token, out_token;
+    uint32_t rows_per_item, row_items;  // query rows of a list row; list rows of a (b, h)
+    uint32_t whole_items;               // blocks that take a whole list row; the others take halves
+    uint32_t entries;                   // most entries of a list
+    uint32_t frame_tokens, block_keys;
+    uint32_t blocks, frame_blocks;  // entries outside [0, blocks) are skipped
+    uint32_t magic, shift;          // j / frame_blocks = j * magic >> shift for j < 2^31
+    uint32_t piece_log2, pieces_log2, steps_log2;  // keys of a piece; pieces of a step; or steps
+    uint32_t slots;                                // tiles of a ring
+    float scale_log2;                              // logits times this are exponents of 2
+    float most;                                    // largest |q . k| whose exponent is finite
+};
+
+/* Weights are 2^(x - max - shift): with bf16 values near the largest float, 2^16 keys of equal
+ * weight still sum without overflow. fp16 weights have no room for it, fp16 values no need. */
+template <typename T> constexpr float WEIGHT_SHIFT = 0.0f;
+template <> constexpr float WEIGHT_SHIFT<__nv_bfloat16> = 16.0f;
+
+/* The query rows of a block: list row `list_row`, rows [first, first + count) of q. */
+struct Item {
+    uint32_t batch, head, list_row;
+    int64_t first;
+    uint32_t count;
+};
+
+// ---- the keys of a group, on their way to shared memory ---------------------------------
+
+/* Copies the group's steps into its ring, tile by tile: K of a step, V of it, K of the next. The
+ * lanes hold the entries of a step, piece i in lane i, and the entry of the next one early, so
+ * that no copy waits for the list. */
+template <int DIM> struct KeyStream {
+    static constexpr uint32_t UNITS = Tile<DIM>::UNITS;
+    static constexpr uint32_t PASS_ROWS = GROUP_THREADS / UNITS, PASSES = STEP / PASS_ROWS;
+
+    const Plan &plan;
+    const int32_t *list;  // [count]; null: entry i is block i
+    const char *k, *v;    // row 0 of this (b, h)
+    uint32_t count, step, steps;
+    uint32_t ring;          // shared-window address of this thread's first unit in slot 0
+    uint32_t first, valid;  // of this lane's piece in the step whose V comes next
+    uint32_t ahead;         // valid keys of the steps under way, a byte each, the oldest lowest
+    int32_t next;           // entry of this lane's piece in the step whose K comes next
+
+    __device__ KeyStream(const lf_attend_params &p, const Plan &plan, const Item &item,
+                         uint32_t group, uint32_t ring_smem)
+        : plan(plan), list(nullptr), count(plan.entries), step(group), first(0), valid(0),
+          ahead(0)
+    {
+        if (p.indices) {
+            const int64_t at = (int64_t(item.batch) * p.heads + item.head) * plan.row_items;
+            list = p.indices + (at + item.list_row) * p.max_count;
+            count = min(max(p.counts[at + item.list_row], 0), int32_t(plan.entries));
+        }
+        steps = (count << plan.steps_log2) + (1u << plan.pieces_log2) - 1 >> plan.pieces_log2;
+        k = static_cast<const char *>(p.k.data) + 2 * (item.batch * p.k.batch + item.head * p.k.head);
+        v = static_cast<const char *>(p.v.data) + 2 * (item.batch * p.v.batch + item.head * p.v.head);
+        ring = ring_smem + Tile<DIM>::at(threadIdx.x % GROUP_THREADS / UNITS, threadIdx.x % UNITS);
+        next = entry();
+    }
+
+    /* A step of the group is left to compute, with slots / 2 steps' K on their way. */
+    __device__ bool more() const
+    {
+        return __any_sync(ALL, step < steps + GROUPS * (plan.slots / 2));
+    }
+
+    __device__ int32_t entry() const
+    {
+        const uint32_t piece = threadIdx.x & (1u << plan.pieces_log2) - 1;
+        const uint32_t at = (step << plan.pieces_log2 >> plan.steps_log2) + piece;
+        if (at >= count) return -1;
+        return list ? __ldg(list + at) : int32_t(at);
+    }
+
+    /* K of the next step to byte `to` of the ring; it will be computed `lead` steps from now. */
+    __device__ __forceinline__ void copy_k(uint32_t to, uint32_t lead)
+    {
+        const uint32_t frame = uint32_t(uint64_t(uint32_t(next)) * plan.magic >> plan.shift);
+        const uint32_t within = (uint32_t(next) - frame * plan.frame_blocks) * plan.block_keys +
+                                (step & (1u << plan.steps_log2) - 1) * STEP;
+        const bool some = uint32_t(next) < plan.blocks && within < plan.frame_tokens;
+        first = some ? frame * plan.frame_tokens + within : 0;
+        valid = some ? min(plan.frame_tokens - within, 1u << plan.piece_log2) : 0;
+        ahead |= valid << 8 * lead;
+        copy(to, k, plan.k_token);
+        cp_async_commit_group();
+        step += GROUPS;
+        next = entry();
+    }
+
+    /* V of the step whose K was copied last. */
+    __device__ __forceinline__ void copy_v(uint32_t to)
+    {
+        copy(to, v, plan.v_token);
+        cp_async_commit_group();
+    }
+
+    __device__ __forceinline__ void copy(uint32_t to, const char *rows, int64_t token_bytes)
+    {
+        to += ring;
+        rows += threadIdx.x % UNITS * 16;
+        const uint32_t mine = threadIdx.x % GROUP_THREADS / UNITS;
+        if (__all_sync(ALL, valid == STEP)) {
+            const char *from = rows + (first + mine) * token_bytes;
+#pragma unroll
+            for (uint32_t i = 0; i < PASSES; i++) {
+                cp_async_16(to + i * (PASS_ROWS * Tile<DIM>::ROW_BYTES), from);
+                from += PASS_ROWS * token_bytes;
+            }
+            return;
+        }
+        // Rows that are no key become zeros: finite, whatever lies there.
+#pragma unroll
+        for (uint32_t i = 0; i < PASSES; i++) {
+            const uint32_t key = mine + i * PASS_ROWS, piece = key >> plan.piece_log2;
+            const uint32_t in_piece = key & (1u << plan.piece_log2) - 1;
+            const int64_t from = __shfl_sync(ALL, first, piece) + in_piece;
+            const bool inside = in_piece < __shfl_sync(ALL, valid, piece);
+            cp_async_16_zfill(to + i * (PASS_ROWS * Tile<DIM>::ROW_BYTES),
+                              rows + (inside ? from * token_bytes : 0), inside ? 16 : 0);
+        }
+    }
+
+    /* The oldest tile under way has arrived, for the whole group, and the tile used last is free.
+     * Tiles past the end count as empty groups of copies, so the number to wait for is constant. */
+    __device__ __forceinline__ void wait(uint32_t group) const
+    {
+        if (plan.slots == 2) cp_async_wait_group<0>();
+        else cp_async_wait_group<2>();
+        bar_sync(1 + group, GROUP_THREADS);
+    }
+};
+
+// ---- the rows of a warp -------------------------------------------------------------------
+
+/* Softmax state of 32 rows x COLUMNS columns in the layout of mma accumulators: value i of tile n
+ * of half m is row 16 m + lane / 4 + i / 2 * 8, column 8 n + lane % 4 * 2 + i % 2. */
+template <int DIM> struct Rows {
+    float out[2][DIM / 8][4];
+    float top[2][2];  // maximum in exponents of 2, plus the weight shift; finite, so that no
+                      // -inf - -inf arises: -FLT_MAX before the first key
+    float sum[2][2];  // of this lane's columns
+};
+
+/* Logits of keys to [-most, most], the others to -inf. The columns begin at `first_column`. */
+template <int TILES>
+__device__ __forceinline__ void mask(float (&s)[2][TILES][4], uint32_t first_column,
+                                     uint32_t piece_log2, uint32_t valid, float most)
+{
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+        const uint32_t column = first_column + n * 8;
+        const uint32_t keys = __shfl_sync(ALL, valid, column >> piece_log2);
+        const uint32_t mine = (column & (1u << piece_log2) - 1) + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float &x = s[m][n][i];
+                x = x > most ? most : x;
+                x = x < -most ? -most : x;  // a NaN stays
+                if (mine + i % 2 >= keys) x = -INFINITY;
+            }
+        }
+    }
+}
+
+/* New maxima of the rows, in exponents of 2, from the columns that four lanes hold together. */
+template <int TILES>
+__device__ __forceinline__ void row_tops(const float (&s)[2][TILES][4], float scale, float shift,
+                                         float (&top)[2][2])
+{
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float x = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < TILES; n++)
+                x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+            x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+            x = fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+            top[m][half] = fmaf(x, scale, shift);
+        }
+    }
+}
+
+__device__ __forceinline__ bool any_infinite(const float (&top)[2][2])
+{
+    const float most = fmaxf(fmaxf(fabsf(top[0][0]), fabsf(top[0][1])),
+                             fmaxf(fabsf(top[1][0]), fabsf(top[1][1])));
+    return __any_sync(ALL, most == INFINITY);
+}
+
+// ---- merging the parts of a row -----------------------------------------------------------
+
+struct RowStats {
+    float top, sum;
+};
+
+/* The warp gives `partner` one half of its columns and takes the partner's part of the other: the
+ * upper one if `upper`. TILES is the columns' number / 8 before. `box` of both is theirs alone,
+ * and `sync` orders the memory of both. */
+template <int DIM, int TILES, typename Sync>
+__device__ __forceinline__ void merge(Rows<DIM> &rows, float4 *boxes, RowStats *stats,
+                                      uint32_t partner, bool upper, Sync sync)
+{
+    constexpr int KEPT = TILES / 2, BOX = 2 * KEPT * 32;  // in float4
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int n = 0; n < KEPT; n++) {
+            float4 given;
+            float *give = &given.x;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float low = rows.out[m][n][i], high = rows.out[m][n + KEPT][i];
+                give[i] = upper ? low : high;
+                rows.out[m][n][i] = upper ? high : low;
+            }
+            boxes[warp * BOX + (m * KEPT + n) * 32 + lane] = given;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            stats[warp * WARP_ROWS + m * 16 + half * 8 + lane / 4] = {rows.top[m][half],
+                                                                      rows.sum[m][half]};
+    }
+    sync();
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        float mine[2], theirs[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const RowStats other = stats[partner * WARP_ROWS + m * 16 + half * 8 + lane / 4];
+            const float top = fmaxf(rows.top[m][half], other.top);
+            mine[half] = ex2_approx_ftz(rows.top[m][half] - top);
+            theirs[half] = ex2_approx_ftz(other.top - top);
+            rows.top[m][half] = top;
+            rows.sum[m][half] = rows.sum[m][half] * mine[half] + other.sum * theirs[half];
+        }
+#pragma unroll
+        for (int n = 0; n < KEPT; n++) {
+            const float4 taken = boxes[partner * BOX + (m * KEPT + n) * 32 + lane];
+            const float *take = &taken.x;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                rows.out[m][n][i] = rows.out[m][n][i] * mine[i / 2] + take[i] * theirs[i / 2];
+        }
+    }
+}
+
+/* Divides and writes TILES * 8 columns from `column` of the warp's rows, by way of the Q tile,
+ * whose rows and columns are this warp's alone by now. */
+template <typename T, int DIM, int TILES>
+__device__ __forceinline__ void store(const Rows<DIM> &rows, uint8_t *q_smem, char *out,
+                                      int64_t token_bytes, uint32_t warp_row, uint32_t column,
+                                      uint32_t count)
+{
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float sum = rows.sum[m][half], inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+            const uint32_t at = warp_row + m * 16 + half * 8 + lane / 4;
+#pragma unroll
+            for (int n = 0; n < TILES; n++)
+                *reinterpret_cast<uint32_t *>(q_smem + Tile<DIM>::at(at, column / 8 + n) +
+                                              lane % 4 * 4) =
+                    pack2<T>(rows.out[m][n][2 * half] * inverse,
+                             rows.out[m][n][2 * half + 1] * inverse);
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {  // 32 rows of TILES units, 32 units at a time
+        const uint32_t at = warp_row + (i * 32 + lane) / TILES;
+        const uint32_t unit = column / 8 + (i * 32 + lane) % TILES;
+        if (at < count)
+            *reinterpret_cast<uint4 *>(out + at * token_bytes + unit * 16) =
+                *reinterpret_cast<const uint4 *>(q_smem + Tile<DIM>::at(at, unit));
+    }
+}
+
+// ---- a block ------------------------------------------------------------------------------
+
+/* The item's rows, at most 32 * ROW_WARPS: warps of a group by rows, then by keys of a step. */
+template <typename T, int DIM, int ROW_WARPS>
+__device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Plan &plan,
+                                            Item item, uint8_t *smem)
+{
+    constexpr uint32_t ROW_BYTES = Tile<DIM>::ROW_BYTES, UNITS = Tile<DIM>::UNITS;
+    constexpr uint32_t Q_BYTES = TILE_ROWS * ROW_BYTES, TILE_BYTES = STEP * ROW_BYTES;
+    constexpr int KEYS = 16 * ROW_WARPS;  // of a step, for one warp
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t group = warp / GROUP_WARPS;
+    const uint32_t row_warp = warp % ROW_WARPS, part = warp % GROUP_WARPS / ROW_WARPS;
+    const uint32_t q_smem = smem_address(smem);
+
+    // Q, all threads; rows past the end become zeros
+    const char *q = static_cast<const char *>(p.q.data) +
+                    2 * (item.batch * p.q.batch + item.head * p.q.head) +
+                    item.first * plan.q_token + threadIdx.x % UNITS * 16;
+#pragma unroll
+    for (uint32_t i = 0; i < WARP_ROWS * ROW_WARPS / (THREADS / UNITS); i++) {
+        const uint32_t at = threadIdx.x / UNITS + i * (THREADS / UNITS);
+        const bool inside = at < item.count;
+        cp_async_16_zfill(q_smem + Tile<DIM>::at(at, threadIdx.x % UNITS),
+                          q + (inside ? at * plan.q_token : 0), inside ? 16 : 0);
+    }
+    cp_async_commit_group();
+    RowStats *stats =
+        reinterpret_cast<RowStats *>(smem + Q_BYTES + GROUPS * plan.slots * TILE_BYTES);
+    Item *item_smem = reinterpret_cast<Item *>(stats + WARPS * WARP_ROWS);
+    if (threadIdx.x == 0) *item_smem = item;
+
+    const uint32_t ring = q_smem + Q_BYTES + group * plan.slots * TILE_BYTES;
+    KeyStream<DIM> keys(p, plan, item, group, ring);
+    keys.copy_k(0, 0);
+    if (plan.slots == 4) {
+        keys.copy_v(TILE_BYTES);
+        keys.copy_k(2 * TILE_BYTES, 1);
+        cp_async_wait_group<3>();
+    } else {
+        cp_async_wait_group<1>();
+    }
+    __syncthreads();  // Q has arrived
+
+    const uint32_t q_at = q_smem + row_warp * (WARP_ROWS * ROW_BYTES) + Tile<DIM>::rows_first(lane);
+    const uint32_t k_at = ring + part * (KEYS * ROW_BYTES) + Tile<DIM>::columns_first(lane);
+    const uint32_t v_at = ring + part * (KEYS * ROW_BYTES) + Tile<DIM>::rows_first(lane);
+    const uint32_t turn_ring = plan.slots == 4 ? 2 * TILE_BYTES : 0;
+    uint32_t tiles = 0;  // where in the ring this step's K is, its V behind it
+    Rows<DIM> rows;
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) rows.out[m][n][i] = 0.0f;
+        rows.top[m][0] = rows.top[m][1] = -FLT_MAX;
+        rows.sum[m][0] = rows.sum[m][1] = 0.0f;
+    }
+
+#pragma unroll 1
+    while (keys.more()) {
+        // logits of 32 rows x KEYS keys
+        float s[2][KEYS / 8][4] = {};
+        keys.wait(group);
+        keys.copy_v((tiles ^ turn_ring) + TILE_BYTES);
+        const uint32_t k_tile = k_at + tiles;
+#pragma unroll
+        for (uint32_t i = 0; i < DIM / 16; i++) {
+            uint32_t a[2][4];
+            ldmatrix_x4(a[0], Tile<DIM>::column(q_at, i));
+            ldmatrix_x4(a[1], Tile<DIM>::column(q_at, i) + 16 * ROW_BYTES);
+#pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) {
+                uint32_t b[4];
+                ldmatrix_x4(b, Tile<DIM>::column(k_tile, i) + n * (16 * ROW_BYTES));
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    mma_m16n8k16<T>(s[m][2 * n], a[m], b[0], b[1]);
+                    mma_m16n8k16<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+        const uint32_t valid = keys.ahead & 0xff;
+        const uint32_t v_tile = v_at + tiles + TILE_BYTES;
+        keys.wait(group);
+        keys.copy_k(tiles, plan.slots / 2);
+        keys.ahead >>= 8;
+        tiles ^= turn_ring;
+
+        // new maxima
+        float top[2][2];
+        bool masked = __any_sync(ALL, valid != 1u << plan.piece_log2), clamped = false;
+        while (true) {
+            if (masked)
+                mask(s, part * KEYS, plan.piece_log2, valid, clamped ? plan.most : INFINITY);
+            row_tops(s, plan.scale_log2, WEIGHT_SHIFT<T>, top);
+            if (clamped || !any_infinite(top)) break;
+            masked = clamped = true;  // once more: an overflow, or a row without keys
+        }
+        bool higher = false;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) higher |= top[m][half] > rows.top[m][half];
+        if (__any_sync(ALL, higher)) {
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float raised = fmaxf(top[m][half], rows.top[m][half]);
+                    const float factor = ex2_approx_ftz(rows.top[m][half] - raised);
+                    rows.top[m][half] = raised;
+                    rows.sum[m][half] *= factor;
+#pragma unroll
+                    for (int n = 0; n < DIM / 8; n++) {
+                        rows.out[m][n][2 * half] *= factor;
+                        rows.out[m][n][2 * half + 1] *= factor;
+                    }
+                }
+            }
+        }
+
+        // weights of 16 keys at a time; those of the next 16 between the products of these
+        uint32_t weights[2][2][4];  // [turn][half of the rows]
+        const auto weigh = [&](int turn, int quarter) {
+            const int m = quarter / 2, n = 2 * turn + quarter % 2;
+            float w[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                w[i] = ex2_approx_ftz(fmaf(s[m][n][i], plan.scale_log2, -rows.top[m][i / 2]));
+                rows.sum[m][i / 2] += w[i];
+            }
+            weights[turn % 2][m][quarter % 2 * 2] = pack2<T>(w[0], w[1]);
+            weights[turn % 2][m][quarter % 2 * 2 + 1] = pack2<T>(w[2], w[3]);
+        };
+#pragma unroll
+        for (int quarter = 0; quarter < 4; quarter++) weigh(0, quarter);
+#pragma unroll
+        for (int turn = 0; turn < KEYS / 16; turn++) {
+#pragma unroll
+            for (uint32_t n = 0; n < DIM / 16; n++) {
+                uint32_t b[4];
+                ldmatrix_x4_trans(b, Tile<DIM>::column(v_tile, n) + turn * (16 * ROW_BYTES));
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    mma_m16n8k16<T>(rows.out[m][2 * n], weights[turn % 2][m], b[0], b[1]);
+                    mma_m16n8k16<T>(rows.out[m][2 * n + 1], weights[turn % 2][m], b[2], b[3]);
+                }
+                if (turn + 1 < KEYS / 16 && n % (DIM / 64) == 0) weigh(turn + 1, n / (DIM / 64));
+            }
+        }
+    }
+
+    // sums over the four lanes of a row, then over the parts
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            rows.sum[m][half] += __shfl_xor_sync(ALL, rows.sum[m][half], 1);
+            rows.sum[m][half] += __shfl_xor_sync(ALL, rows.sum[m][half], 2);
+        }
+    }
+    const auto group_sync = [&] { bar_sync(1 + group, GROUP_THREADS); };
+    const auto block_sync = [] { __syncthreads(); };
+    float4 *boxes = reinterpret_cast<float4 *>(smem + Q_BYTES);
+    constexpr int TILES = DIM / 8 / (2 * GROUP_WARPS / ROW_WARPS);  // of columns, in the end
+    uint32_t column = 0;
+    cp_async_wait_group<0>();
+    block_sync();  // the rings are free
+    if constexpr (ROW_WARPS < GROUP_WARPS) {
+        merge<DIM, DIM / 8>(rows, boxes, stats, warp ^ ROW_WARPS, part, group_sync);
+        column += part * (DIM / 2);
+        block_sync();
+    }
+    merge<DIM, 2 * TILES>(rows, boxes, stats, warp ^ GROUP_WARPS, group, block_sync);
+    column += group * (8 * TILES);
+
+    item = *item_smem;  // not kept in registers meanwhile
+    char *out = static_cast<char *>(p.out.data) +
+                2 * (item.batch * p.out.batch + item.head * p.out.head) +
+                item.first * plan.out_token;
+    store<T, DIM, TILES>(rows, smem, out, plan.out_token, row_warp * WARP_ROWS, column, item.count);
+    if (p.lse && column == 0 && lane % 4 == 0) {
+        float *lse =
+            p.lse + (int64_t(item.batch) * p.heads + item.head) * p.q_len + item.first;  // [count]
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint32_t at = row_warp * WARP_ROWS + m * 16 + half * 8 + lane / 4;
+                if (at < item.count)
+                    lse[at] = rows.top[m][half] * 0.693147180559945f + logf(rows.sum[m][half]);
+            }
+        }
+    }
+}
+
+template <typename T, int DIM>
+__global__ void __launch_bounds__(THREADS, 1)
+    attend_kernel(const __grid_constant__ lf_attend_params p, const __grid_constant__ Plan plan)
+{
+    extern __shared__ __align__(1024) uint8_t smem[];
+    uint32_t i = blockIdx.x, skipped = 0;
+    if (i >= plan.whole_items) {
+        skipped = (i - plan.whole_items) % 2 * (TILE_ROWS / 2);
+        i = plan.whole_items + (i - plan.whole_items) / 2;
+    }
+    Item item;
+    item.list_row = i % plan.row_items;
+    item.head = i / plan.row_items % uint32_t(p.heads);
+    item.batch = i / plan.row_items / uint32_t(p.heads);
+    item.first = int64_t(item.list_row) * plan.rows_per_item + skipped;
+    const int64_t left = min(int64_t(plan.rows_per_item) - skipped, p.q_len - item.first);
+    if (left <= 0) return;
+    item.count = uint32_t(i < plan.whole_items ? left : min(left, int64_t(TILE_ROWS / 2)));
+    if (item.count > TILE_ROWS / 2) attend_rows<T, DIM, 4>(p, plan, item, smem);
+    else attend_rows<T, DIM, 2>(p, plan, item, smem);
+}
+
+// ---- the variants that exist, all on one screen ----------------------------------------------
+
+using kernel_fn = void (*)(lf_attend_params, Plan);
+
+kernel_fn pick(lf_dtype dtype, int64_t dim)
+{
+    if (dtype == LF_BF16 && dim == 64) return attend_kernel<__nv_bfloat16, 64>;
+    if (dtype == LF_BF16 && dim == 128) return attend_kernel<__nv_bfloat16, 128>;
+    if (dtype == LF_F16 && dim == 64) return attend_kernel<__half, 64>;
+    if (dtype == LF_F16 && dim == 128) return attend_kernel<__half, 128>;
+    return nullptr;
+}
+
+uint32_t shared_bytes(int64_t dim, uint32_t slots)
+{
+    return uint32_t(dim * 2 * (TILE_ROWS + GROUPS * slots * STEP) +
+                    WARPS * WARP_ROWS * sizeof(RowStats) + sizeof(Item));
+}
+
+// ---- devices, asked once each -----------------------------------------------------------------
+
+constexpr int MOST_DEVICES = 64;
+
+struct Device {
+    std::atomic<bool> ready;
+    int sms, shared;  // processors; bytes of shared memory that a block may have
+};
+Device devices[MOST_DEVICES];
+
+/* Fills devices[device], the current one. Threads that meet here write the same values. */
+int prepare(int device, lf_error *err)
+{
+    Device &d = devices[device];
+    if (d.ready.load(std::memory_order_acquire)) return 0;
+    int sms = 0, shared = 0;
+    LF_CUDA_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    LF_CUDA_TRY(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    for (const lf_dtype dtype : {LF_BF16, LF_F16})
+        for (const int64_t dim : {64, 128}) {
+            const uint32_t wanted = shared_bytes(dim, 4);
+            LF_CUDA_TRY(cudaFuncSetAttribute(
+                pick(dtype, dim), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                int64_t(wanted) <= shared ? wanted : shared_bytes(dim, 2)));
+        }
+    d.sms = sms;
+    d.shared = shared;
+    d.ready.store(true, std::memory_order_release);
+    return 0;
+}
+
+// ---- what the kernel needs to know ----------------------------------------------------------
+
+/* A sentence about the first tensor that 16-byte copies cannot serve, or 0. */
+int check_alignment(const lf_attend_params *p, lf_error *err)
+{
+    const struct {
+        const char *name;
+        const lf_tensor *x;
+        int64_t length;
+    } tensors[] = {{"q", &p->q, p->q_len}, {"k", &p->k, p->k_len},
+                   {"v", &p->v, p->k_len}, {"out", &p->out, p->q_len}};
+
+    for (const auto &t : tensors) {
+        const struct {
+            const char *name;
+            int64_t size, stride;
+        } axes[] = {{"batch", p->batch, t.x->batch}, {"token", t.length, t.x->token},
+                    {"head", p->heads, t.x->head}};
+        if (reinterpret_cast<uintptr_t>(t.x->data) % 16)
+            return lf_fail(err, LF_UNSUPPORTED,
+                           "%s: the CUDA kernels expect data at a multiple of 16 bytes", t.name);
+        for (const auto &axis : axes)
+            if (axis.size > 1 && axis.stride % 8)
+                return lf_fail(err, LF_UNSUPPORTED,
+                               "%s: the CUDA kernels expect strides of a multiple of 8 elements, "
+                               "got a %s stride of %lld",
+                               t.name, axis.name, (long long)axis.stride);
+    }
+    return 0;
+}
+
+int log2_of(int64_t x)
+{
+    int n = 0;
+    while (int64_t(1) << n < x) n++;
+    return n;
+}
+
+Plan make_plan(const lf_attend_params *p, const Device &device, int64_t *blocks)
+{
+    Plan plan = {};
+    const bool list = p->indices != nullptr;
+    const int64_t block_k = list ? p->block_k : STEP;
+    const int64_t frame_tokens = list ? p->frame_tokens : p->k_len;
+
+    plan.q_token = 2 * p->q.token;
+    plan.k_token = 2 * p->k.token;
+    plan.v_token = 2 * p->v.token;
+    plan.out_token = 2 * p->out.token;
+    plan.frame_tokens = uint32_t(frame_tokens);
+    plan.block_keys = uint32_t(block_k);
+    plan.frame_blocks = uint32_t(lf_frame_blocks(frame_tokens, block_k));
+    plan.blocks = uint32_t(p->k_len / frame_tokens * plan.frame_blocks);
+    plan.entries = list ? uint32_t(p->max_count) : plan.blocks;
+    plan.piece_log2 = uint32_t(log2_of(block_k < STEP ? block_k : STEP));
+    plan.pieces_log2 = uint32_t(log2_of(STEP)) - plan.piece_log2;
+    plan.steps_log2 = block_k > STEP;
+    // Exact for j < 2^31: the error of magic, less than frame_blocks <= 2^k, times j < 2^(31 + k).
+    plan.shift = uint32_t(31 + log2_of(plan.frame_blocks));
+    plan.magic = uint32_t(((uint64_t(1) << plan.shift) + plan.frame_blocks - 1) / plan.frame_blocks);
+    plan.scale_log2 = p->scale * 1.44269504088896f;
+    plan.most = FLT_MAX / fmaxf(plan.scale_log2 * 1.0001f, 1.0f);
+    plan.slots = shared_bytes(p->dim, 4) <= uint32_t(device.shared) ? 4 : 2;
+
+    plan.rows_per_item = list ? uint32_t(p->block_q) : p->q_len <= 64 ? 64 : TILE_ROWS;
+    plan.row_items = uint32_t(lf_ceil_div(p->q_len, plan.rows_per_item));
+    const int64_t items = p->batch * p->heads * plan.row_items;
+    const int64_t last_round = items % device.sms;
+    const bool halve = plan.rows_per_item > TILE_ROWS / 2 && 2 * last_round <= device.sms;
+    plan.whole_items = uint32_t(halve ? items - last_round : items);
+    *blocks = halve ? items + last_round : items;
+    return plan;
+}
+
+// ---- which kernel -------------------------------------------------------------------------------
+
+enum Choice { AUTO, PORTABLE, SM90, UNKNOWN };
+
+Choice choice_named(const char *name)
+{
+    if (!name || !*name || !strcmp(name, "auto")) return AUTO;
+    if (!strcmp(name, "portable")) return PORTABLE;
+    return strcmp(name, "sm90") ? UNKNOWN : SM90;
+}
+
+/* The choice of every later call; at first what LIGHTFORCING_KERNEL says. */
+std::atomic<Choice> &choice()
+{
+    static std::atomic<Choice> chosen(choice_named(getenv("LIGHTFORCING_KERNEL")));
+    return chosen;
+}
+
+}  // namespace
+
+extern "C" int lf_cuda_force_kernel(const char *name)
+{
+    const Choice named = choice_named(name);
+    if (named == UNKNOWN) return -1;
+    choice().store(named);
+    return 0;
+}
+
+extern "C" int lf_attend_portable_warmup(lf_error *err)
+{
+    int device = 0;
+    LF_CUDA_TRY(cudaGetDevice(&device));
+    return device < MOST_DEVICES ? prepare(device, err) : 0;
+}
+
+extern "C" int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_error *err)
+{
+    const kernel_fn kernel = pick(p->dtype, p->dim);
+
+    if (p->dtype == LF_F32)
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "block_sparse_attention: on CUDA q, k and v are float16 or bfloat16, got "
+                       "float32 (the CPU takes it)");
+    if (!kernel)
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "block_sparse_attention: on CUDA D is 64 or 128, got %lld",
+                       (long long)p->dim);
+    if (p->indices && (p->block_q < 1 || p->block_q > TILE_ROWS))
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "block_sparse_attention: on CUDA block_q is at most %u, got %lld", TILE_ROWS,
+                       (long long)p->block_q);
+    if (p->indices && p->block_k != 16 && p->block_k != 32 && p->block_k != 64 && p->block_k != 128)
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "block_sparse_attention: on CUDA block_k is 16, 32, 64 or 128, got %lld",
+                       (long long)p->block_k);
+    if (p->batch == 0 || p->heads == 0 || p->q_len == 0) return 0;
+    if (p->k_len >= int64_t(1) << 31 ||
+        p->batch * p->heads * lf_ceil_div(p->q_len, p->indices ? p->block_q : 1) >=
+            int64_t(1) << 30)
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "block_sparse_attention: the CUDA kernel takes fewer than 2^31 keys and 2^30 "
+                       "lists, got Lk = %lld and B H Lq = %lld",
+                       (long long)p->k_len, (long long)(p->batch * p->heads * p->q_len));
+    if (place.device >= MOST_DEVICES)
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "block_sparse_attention: the CUDA kernels know devices 0 to %d, got %d",
+                       MOST_DEVICES - 1, place.device);
+    if (check_alignment(p, err)) return -1;
+
+    const DeviceGuard guard(place.device);
+    if (prepare(place.device, err)) return -1;
+    int64_t blocks = 0;
+    const Plan plan = make_plan(p, devices[place.device], &blocks);
+    const auto stream = static_cast<cudaStream_t>(place.stream);
+    kernel<<<unsigned(blocks), THREADS, shared_bytes(p->dim, plan.slots), stream>>>(*p, plan);
+    LF_CUDA_TRY(cudaGetLastError());
+    return 0;
+}
+
+extern "C" int lf_attend_cuda(const lf_attend_params *p, lf_place place, lf_error *err)
+{
+    lf_error reason;
+    switch (choice().load()) {
+    case PORTABLE: return lf_attend_portable(p, place, err);
+    case SM90:
+        return lf_attend_sm90_can_run(p, place.device, err) ? lf_attend_sm90(p, place, err) : -1;
+    case UNKNOWN:
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "LIGHTFORCING_KERNEL: expected auto, portable or sm90, got %.100s",
+                       getenv("LIGHTFORCING_KERNEL"));
+    default:
+        return lf_attend_sm90_can_run(p, place.device, &reason)
+                   ? lf_attend_sm90(p, place, err)
+                   : lf_attend_portable(p, place, err);
+    }
+}
