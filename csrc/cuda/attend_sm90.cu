@@ -198,26 +198,47 @@ __device__ __forceinline__ void reset(RowState &r)
     r.sum[0] = r.sum[1] = 0.0f;
 }
 
+/* Descriptors of the first k16 slice; the others lie at constant distances in 16-byte units, so
+ * one addition each finds them (a descriptor made afresh is a dozen instructions). */
+__device__ __forceinline__ uint64_t rows_descriptor(uint32_t address)
+{
+    return wgmma_descriptor(address, 16, 1024);
+}
+
+__device__ __forceinline__ uint64_t v_descriptor(uint32_t address)
+{
+    return wgmma_descriptor(address, PLANE, 1024);
+}
+
+__device__ __forceinline__ uint64_t k_tile(Shared &s, int stage)
+{
+    return rows_descriptor(smem_address(s.k[stage]));
+}
+
+__device__ __forceinline__ uint64_t v_tile(Shared &s, int stage)
+{
+    return v_descriptor(smem_address(s.v[stage]));
+}
+
 template <typename T>
-__device__ __forceinline__ void issue_qk(float (&s)[64], uint32_t q, uint32_t k)
+__device__ __forceinline__ void issue_qk(float (&s)[64], uint64_t q, uint64_t k)
 {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < DIM / 16; i++)
-        wgmma_m64n128k16<T>(s, wgmma_descriptor(q + i / 4 * BOX + i % 4 * 32, 16, 1024),
-                            wgmma_descriptor(k + i / 4 * PLANE + i % 4 * 32, 16, 1024), i);
+        wgmma_m64n128k16<T>(s, q + (i / 4 * BOX + i % 4 * 32) / 16,
+                            k + (i / 4 * PLANE + i % 4 * 32) / 16, i);
     wgmma_commit_group();
 }
 
 template <typename T>
-__device__ __forceinline__ void issue_pv(float (&o)[64], const uint32_t (&pr)[32], uint32_t v,
+__device__ __forceinline__ void issue_pv(float (&o)[64], const uint32_t (&pr)[32], uint64_t v,
                                          int accumulate)
 {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < STEP / 16; i++)
-        wgmma_m64n128k16_rs<T>(o, pr + 4 * i, wgmma_descriptor(v + i * 2048, PLANE, 1024),
-                               i ? 1 : accumulate);
+        wgmma_m64n128k16_rs<T>(o, pr + 4 * i, v + i * 2048 / 16, i ? 1 : accumulate);
     wgmma_commit_group();
 }
 
@@ -237,22 +258,34 @@ __device__ __forceinline__ void mask(float (&s)[64], uint32_t valid)
 __device__ __forceinline__ void softmax(float (&s)[64], RowState &state, float (&alpha)[2],
                                         float scale_log2)
 {
+    float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float high = state.max[r];
 #pragma unroll
-        for (int i = 0; i < 64; i += 4) high = fmaxf(high, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+        for (int i = 0; i < 64; i += 4)
+            high = fmaxf(high, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
         high = fminf(high, FLT_MAX);
-        alpha[r] = exp2f((state.max[r] - high) * scale_log2);
+        alpha[r] = ex2_approx_ftz_pinned((state.max[r] - high) * scale_log2);
         state.max[r] = high;
-        const float shift = high * scale_log2;
+        shift[r] = high * scale_log2;
+    }
+    // s * scale - shift in one rounding leaves up to 2^-24 of shift, which must stay small.
+    if (__any_sync(~0u, fmaxf(fabsf(shift[0]), fabsf(shift[1])) > 1e8f)) {
+#pragma unroll
+        for (int i = 0; i < 64; i++)
+            s[i] = (s[i] > FLT_MAX ? FLT_MAX : s[i]) - state.max[i >> 1 & 1];
+        shift[0] = shift[1] = 0.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < 64; i += 4) {
-            s[i + 2 * r] = exp2f(fmaf(s[i + 2 * r], scale_log2, -shift));
-            s[i + 2 * r + 1] = exp2f(fmaf(s[i + 2 * r + 1], scale_log2, -shift));
+            s[i + 2 * r] = ex2_approx_ftz_pinned(fmaf(s[i + 2 * r], scale_log2, -shift[r]));
+            s[i + 2 * r + 1] = ex2_approx_ftz_pinned(fmaf(s[i + 2 * r + 1], scale_log2, -shift[r]));
             sum += s[i + 2 * r] + s[i + 2 * r + 1];
         }
         state.sum[r] = state.sum[r] * alpha[r] + sum;
@@ -266,12 +299,18 @@ template <typename T> __device__ __forceinline__ void pack(const float (&s)[64],
     for (int i = 0; i < 32; i++) pr[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
 }
 
-__device__ __forceinline__ void rescale(float (&o)[64], const float (&alpha)[2])
+/* Waits for the product in flight and brings O to the new maxima. The decision comes first and ends
+ * a basic block: without that the assembler moves the exponentials behind the wait, where nothing
+ * hides them. Once the maxima stand, which they soon do, 64 multiplications are skipped. */
+__device__ __forceinline__ void wait_and_rescale(float (&o)[64], const float (&alpha)[2])
 {
-    // Once the maxima stand, which they soon do, no row moves: skip 64 multiplications.
-    if (!__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
+    if (__any_sync(~0u, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
+        wgmma_wait_group<0>();
 #pragma unroll
-    for (int i = 0; i < 64; i++) o[i] *= alpha[i >> 1 & 1];
+        for (int i = 0; i < 64; i++) o[i] *= alpha[i >> 1 & 1];
+    } else {
+        wgmma_wait_group<0>();
+    }
 }
 
 /* O / sum in the output's type and the LSE, straight to global memory: 8 bytes a lane, whole
@@ -353,10 +392,17 @@ __device__ __forceinline__ Item take_item(Shared &s, const Params &p, int &i, in
 __device__ __forceinline__ void my_turn(int group) { bar_sync(1 + group, CONSUMERS); }
 __device__ __forceinline__ void your_turn(int group) { bar_arrive(2 - group, CONSUMERS); }
 
+/* A stage that only one warpgroup reads: it arrives for both, so that neither waits for the other. */
+__device__ __forceinline__ void release_alone(uint64_t *empty)
+{
+    mbarrier_arrive(empty);
+    mbarrier_arrive(empty);
+}
+
 /* A half tile: this warpgroup takes steps group, group + 2, ...; the second hands its sums over. */
 template <typename T>
 __device__ __forceinline__ void consume_half(Shared &s, const Params &p, const Item &item,
-                                             uint32_t q, Ring ring, int buffer, int group,
+                                             uint64_t q, Ring ring, int buffer, int group,
                                              bool lead)
 {
     float logits[64], o[64], alpha[2];
@@ -368,45 +414,41 @@ __device__ __forceinline__ void consume_half(Shared &s, const Params &p, const I
     reset(state);
 #pragma unroll
     for (int i = 0; i < 64; i++) o[i] = 0.0f;
-    for (int j = 0; j < item.steps; j++, ring.step++) {
+    ring.step += group;
+    for (int j = group; j < item.steps; j += 2, ring.step += 2) {
         const int stage = ring.stage();
         const uint32_t parity = ring.parity();
         mbarrier_wait(&s.k_full[stage], parity);
-        if (j % 2 != group) {  // the other warpgroup's: let it go
-            mbarrier_wait(&s.v_full[stage], parity);
-            if (lead) mbarrier_arrive(&s.k_empty[stage]);
-            if (lead) mbarrier_arrive(&s.v_empty[stage]);
-            continue;
-        }
         const uint32_t valid = s.valid[stage];
-        issue_qk<T>(logits, q, smem_address(s.k[stage]));
+        issue_qk<T>(logits, q, k_tile(s, stage));
         if (before >= 0) {
             mbarrier_wait(&s.v_full[before], before_parity);
-            issue_pv<T>(o, pr, smem_address(s.v[before]), 1);
+            issue_pv<T>(o, pr, v_tile(s, before), 1);
             wgmma_wait_group<1>();
         } else {
             wgmma_wait_group<0>();
         }
-        if (lead) mbarrier_arrive(&s.k_empty[stage]);
+        if (lead) release_alone(&s.k_empty[stage]);
         if (valid != ALL_VALID) mask(logits, valid);
         softmax(logits, state, alpha, p.scale_log2);
-        wgmma_wait_group<0>();
-        if (before >= 0 && lead) mbarrier_arrive(&s.v_empty[before]);
+        wait_and_rescale(o, alpha);
+        if (before >= 0 && lead) release_alone(&s.v_empty[before]);
         pack<T>(logits, pr);
-        rescale(o, alpha);
         before = stage;
         before_parity = parity;
     }
     if (before >= 0) {
         mbarrier_wait(&s.v_full[before], before_parity);
-        issue_pv<T>(o, pr, smem_address(s.v[before]), 1);
+        issue_pv<T>(o, pr, v_tile(s, before), 1);
         wgmma_wait_group<0>();
     }
 
-    // Nobody reads the other Q buffer any more: it takes the second warpgroup's O.
+    // Once both are here nobody reads the other Q buffer: it takes the second warpgroup's O.
     float *exchange = reinterpret_cast<float *>(s.q[buffer ^ 1]);
     const int thread = threadIdx.x % 128;
+    if (group == 0) bar_arrive(4, CONSUMERS);
     if (group == 1) {
+        bar_sync(4, CONSUMERS);
 #pragma unroll
         for (int i = 0; i < 64; i++) exchange[i * 128 + thread] = o[i];
 #pragma unroll
@@ -421,8 +463,8 @@ __device__ __forceinline__ void consume_half(Shared &s, const Params &p, const I
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float high = fmaxf(state.max[r], s.other[thread][r]);
-        mine[r] = exp2f((state.max[r] - high) * p.scale_log2);
-        theirs[r] = exp2f((s.other[thread][r] - high) * p.scale_log2);
+        mine[r] = ex2_approx_ftz_pinned((state.max[r] - high) * p.scale_log2);
+        theirs[r] = ex2_approx_ftz_pinned((s.other[thread][r] - high) * p.scale_log2);
         state.sum[r] = state.sum[r] * mine[r] + s.other[thread][2 + r] * theirs[r];
         state.max[r] = high;
     }
@@ -444,7 +486,7 @@ template <typename T> __device__ __forceinline__ void consume(Shared &s, const P
     int i = 0;
 
     const auto q_rows = [&](int half) {
-        return smem_address(s.q[i & 1]) + (half < 0 ? group * 2 * BOX : 0);
+        return rows_descriptor(smem_address(s.q[i & 1]) + (half < 0 ? group * 2 * BOX : 0));
     };
     Item item = take_item<T>(s, p, i, group, lead);
     if (group == 1) your_turn(1);  // the first warpgroup begins
@@ -455,7 +497,7 @@ template <typename T> __device__ __forceinline__ void consume(Shared &s, const P
         mbarrier_wait(&s.k_full[stage], ring.parity());
         uint32_t valid = s.valid[stage];
         my_turn(group);
-        issue_qk<T>(logits, q_rows(-1), smem_address(s.k[stage]));
+        issue_qk<T>(logits, q_rows(-1), k_tile(s, stage));
         your_turn(group);
         wgmma_wait_group<0>();
         if (lead) mbarrier_arrive(&s.k_empty[stage]);
@@ -473,18 +515,17 @@ template <typename T> __device__ __forceinline__ void consume(Shared &s, const P
                 mbarrier_wait(&s.k_full[stage], ring.parity());
                 valid = s.valid[stage];
                 my_turn(group);
-                issue_qk<T>(logits, q_rows(-1), smem_address(s.k[stage]));
+                issue_qk<T>(logits, q_rows(-1), k_tile(s, stage));
                 mbarrier_wait(&s.v_full[before], before_parity);
-                issue_pv<T>(o, pr, smem_address(s.v[before]), j > 1);
+                issue_pv<T>(o, pr, v_tile(s, before), j > 1);
                 your_turn(group);
                 wgmma_wait_group<1>();
                 if (lead) mbarrier_arrive(&s.k_empty[stage]);
                 if (valid != ALL_VALID) mask(logits, valid);
                 softmax(logits, state, alpha, p.scale_log2);
-                wgmma_wait_group<0>();
+                wait_and_rescale(o, alpha);
                 if (lead) mbarrier_arrive(&s.v_empty[before]);
                 pack<T>(logits, pr);
-                rescale(o, alpha);
             }
             if (lead) mbarrier_arrive(&s.q_empty[i & 1]);
             i++;
@@ -494,7 +535,7 @@ template <typename T> __device__ __forceinline__ void consume(Shared &s, const P
             ring.step++;
             if (next.steps < 0 || next.half >= 0) {
                 mbarrier_wait(&s.v_full[before], before_parity);
-                issue_pv<T>(o, pr, smem_address(s.v[before]), item.steps > 1);
+                issue_pv<T>(o, pr, v_tile(s, before), item.steps > 1);
                 wgmma_wait_group<0>();
                 if (lead) mbarrier_arrive(&s.v_empty[before]);
                 store<T>(p, o, state, item, group);
@@ -506,9 +547,9 @@ template <typename T> __device__ __forceinline__ void consume(Shared &s, const P
             mbarrier_wait(&s.k_full[stage], ring.parity());
             valid = s.valid[stage];
             my_turn(group);
-            issue_qk<T>(logits, q_rows(-1), smem_address(s.k[stage]));
+            issue_qk<T>(logits, q_rows(-1), k_tile(s, stage));
             mbarrier_wait(&s.v_full[before], before_parity);
-            issue_pv<T>(o, pr, smem_address(s.v[before]), item.steps > 1);
+            issue_pv<T>(o, pr, v_tile(s, before), item.steps > 1);
             your_turn(group);
             wgmma_wait_group<1>();
             if (lead) mbarrier_arrive(&s.k_empty[stage]);
@@ -536,7 +577,8 @@ __global__ void __launch_bounds__(384, 1)
     extern __shared__ uint8_t raw[];
     Shared &s =
         *reinterpret_cast<Shared *>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
-    const int group = threadIdx.x / 128;
+    // From lane 0 of the warp, so that the compiler knows it to be uniform.
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {

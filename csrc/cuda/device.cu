@@ -3,8 +3,8 @@
  * runtime_probe_kernel exists so that the build path (nvcc, static runtime, link, import without a
  * GPU) is exercised by every build; lf_cuda_versions() asks for its attributes, which fails with a
  * plain status where there is no driver or no code for the chip. */
-#include "../lightforcing.h"
-#include <cuda_runtime.h>
+#include "kernels.h"
+#include "launch.cuh"
 
 namespace {
 
@@ -29,4 +29,17 @@ extern "C" int lf_cuda_versions(int *driver, int *runtime, int *devices)
     }
     if (status != cudaSuccess) (void)cudaGetLastError();
     return int(status);
+}
+
+extern "C" int lf_cuda_warmup(int device, lf_error *err)
+{
+    int major = 0, minor = 0;
+
+    LF_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    LF_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    const lf::DeviceGuard guard(device);
+    if (lf_compress_warmup(err) < 0 || lf_select_warmup(err) < 0 ||
+        lf_attend_portable_warmup(err) < 0)
+        return -1;
+    return major == 9 && minor == 0 ? lf_attend_sm90_warmup(err) : 0;
 }

@@ -86,12 +86,57 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* mma.m16n8k32: c (16 x 8) += a (16 x 32) b (32 x 8), signed bytes, exact 32-bit sums. */
+__device__ __forceinline__ void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* ld.global.nc of 16 bytes that are read once: not kept in L1. */
+__device__ __forceinline__ uint4 load_streaming(const uint4 *from)
+{
+    uint4 x;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        : "l"(from));
+    return x;
+}
+
 /* ex2.approx: 2^x to about 2 ulp, below 2^-126 zero; exp2f() takes two instructions more. */
 __device__ __forceinline__ float ex2_approx_ftz(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+/* lg2.approx: log2 x to about 2^-22 (absolute near 1, else relative). */
+__device__ __forceinline__ float lg2_approx_ftz(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* griddepcontrol.launch_dependents: from here on the next kernel of the stream may start, if it was
+ * launched to; griddepcontrol.wait: until the previous one is complete and its writes are seen.
+ * Both do nothing in code for chips before sm_90, which must not be launched that way. */
+__device__ __forceinline__ void grid_launch_dependents()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void grid_dependency_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 /* bar.sync on a named barrier (1 to 15; 0 is __syncthreads) that `threads` threads reach. */
@@ -104,6 +149,15 @@ __device__ __forceinline__ void bar_sync(uint32_t barrier, uint32_t threads)
  */
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* ex2.approx.ftz as above, but volatile: it stays where it stands, between the waits for a
+ * warpgroup's products, under which the exponentials are hidden. */
+__device__ __forceinline__ float ex2_approx_ftz_pinned(float x)
+{
+    float y;
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 /* mbarrier.init: opens a phase after `arrivals` arrivals (and the bytes announced meanwhile). */
 __device__ __forceinline__ void mbarrier_init(uint64_t *barrier, uint32_t arrivals)
