@@ -1,0 +1,63 @@
+/* What the kernels of select_blocks share: the geometry of a call and its workspace.
+ *
+ * A part is a sub-block: block_k / 4 consecutive tokens of a frame (keys), or as many rows of a
+ * query block; the last part of a frame or of a query block is short. Key block j has the parts
+ * 4 b .. 4 b + 3 of its frame, b its number there, some of which may not exist. */
+#pragma once
+
+#include "launch.cuh"
+#include "ptx.cuh"
+#include <cfloat>
+
+namespace lf {
+
+struct Selection {
+    lf_select_params p;
+    int batch_heads, heads, dim;  // 32-bit: a 64-bit division is a call
+    int part;                     // rows of a part: block_k / 4
+    int blocks;                   // J
+    int frame_blocks;             // key blocks of a frame
+    int frame_parts;              // key parts of a frame
+    int q_blocks;                 // R
+    int block_parts;              // A / R: parts of a query block
+    int q_parts;                  // A: parts of the queries, R * block_parts, some at the end empty
+    int q_len;                    // query rows
+    int new_frames;               // frames of k whose means are not given
+    int padded_blocks;            // J rounded up to whole sectors of L2: the row length of `logits`
+    bool q_vectors, k_vectors, means_vectors;  // 16-byte loads are allowed
+
+    // Workspace, by score: mean
+    float *q_means;  // [BH, R, D]
+    float *scores;   // [BH, R, J], or p.scores
+    // mass, lse
+    uint4 *q_split;   // [BH, ceil(A / 8), split tile]: see split.cuh
+    float *q_factor;  // [BH, ceil(A / 8) * 8] logit = factor of q * factor of k * product
+    float *logits;    // [BH, A, padded J] log-sum-exp of a key block's logits; bit 0 marks a NaN
+    // all
+    float *k_means;  // [BH, new_frames * (frame_blocks | frame_parts), D]
+};
+
+/* Query rows of part i of query block r: the first of them, and how many (below 1: none). */
+__device__ __forceinline__ int part_rows(const Selection &s, int r, int i, int *first)
+{
+    const int start = r * int(s.p.block_q), end = min(start + int(s.p.block_q), s.q_len);
+    *first = start + i * s.part;
+    return min(s.part, end - *first);
+}
+
+/* Tokens of part i of block b of any frame, and where in the frame they start. */
+__device__ __forceinline__ int key_part_tokens(const Selection &s, int b, int i, int *first)
+{
+    *first = b * int(s.p.block_k) + i * s.part;
+    return min(s.part, int(s.p.frame_tokens) - *first);
+}
+
+/* Row of the given means, [D] float32. */
+__device__ __forceinline__ const float *given_mean(const Selection &s, int bh, int64_t row)
+{
+    const lf_tensor &x = s.p.k_means;
+    return static_cast<const float *>(x.data) + bh / s.heads * x.batch + row * x.token +
+           bh % s.heads * x.head;
+}
+
+}  // namespace lf
