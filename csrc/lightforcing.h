@@ -148,13 +148,16 @@ typedef struct {
 /* An empty row gives zeros and LSE -inf. Precondition: indices are in range. */
 int lf_attend_cpu(const lf_attend_params *p, lf_error *err);
 
-/* On a GPU the lists cannot be checked beforehand: an index out of range is skipped. */
-int lf_attend_cuda(const lf_attend_params *p, lf_place place, lf_error *err);
+/* On a GPU the lists cannot be checked beforehand: an index out of range is skipped. `workspace`
+ * is device memory of as many bytes as the first function says; its content does not matter. */
+int64_t lf_attend_cuda_workspace(const lf_attend_params *p, int device);
+int lf_attend_cuda(const lf_attend_params *p, void *workspace, lf_place place, lf_error *err);
 
 /* The kernels behind it. can_run answers 1, or 0 with a reason in words in err->text. */
 int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_error *err);
-int lf_attend_sm90(const lf_attend_params *p, lf_place place, lf_error *err);
 int lf_attend_sm90_can_run(const lf_attend_params *p, int device, lf_error *err);
+int64_t lf_attend_sm90_workspace(const lf_attend_params *p, int device);
+int lf_attend_sm90(const lf_attend_params *p, void *workspace, lf_place place, lf_error *err);
 
 /* ---- this build -------------------------------------------------------------------- */
 

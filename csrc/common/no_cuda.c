@@ -28,9 +28,15 @@ int lf_select_cuda(const lf_select_params *p, void *workspace, lf_place place, l
     return absent(err);
 }
 
-int lf_attend_cuda(const lf_attend_params *p, lf_place place, lf_error *err)
+int64_t lf_attend_cuda_workspace(const lf_attend_params *p, int device)
 {
-    (void)p, (void)place;
+    (void)p, (void)device;
+    return 0;
+}
+
+int lf_attend_cuda(const lf_attend_params *p, void *workspace, lf_place place, lf_error *err)
+{
+    (void)p, (void)workspace, (void)place;
     return absent(err);
 }
 

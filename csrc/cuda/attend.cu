@@ -60,11 +60,14 @@ struct Plan {
 template <typename T> constexpr float WEIGHT_SHIFT = 0.0f;
 template <> constexpr float WEIGHT_SHIFT<__nv_bfloat16> = 16.0f;
 
-/* The query rows of a block: list row `list_row`, rows [first, first + count) of q. */
-struct Item {
-    uint32_t batch, head, list_row;
-    int64_t first;
-    uint32_t count;
+/* A block's work, in shared memory: read again where it is needed, it costs no registers. */
+struct Work {
+    const char *k, *v;    // row 0 of this (b, h)
+    const int32_t *list;  // [entries]; null: entry i is block i
+    uint32_t entries, steps;
+    uint32_t batch, head;
+    int64_t first;   // query rows [first, first + count)
+    uint32_t count;  // 0: none
 };
 
 // ---- the keys of a group, on their way to shared memory ---------------------------------
@@ -77,43 +80,33 @@ template <int DIM> struct KeyStream {
     static constexpr uint32_t PASS_ROWS = GROUP_THREADS / UNITS, PASSES = STEP / PASS_ROWS;
 
     const Plan &plan;
-    const int32_t *list;  // [count]; null: entry i is block i
-    const char *k, *v;    // row 0 of this (b, h)
-    uint32_t count, step, steps;
-    uint32_t ring;          // shared-window address of this thread's first unit in slot 0
-    uint32_t first, valid;  // of this lane's piece in the step whose V comes next
-    uint32_t ahead;         // valid keys of the steps under way, a byte each, the oldest lowest
-    int32_t next;           // entry of this lane's piece in the step whose K comes next
+    const Work &work;
+    uint32_t step;   // whose K comes next
+    uint32_t ring;   // shared-window address of this thread's first unit in slot 0
+    uint32_t first;  // token of this lane's piece in the step whose V comes next
+    uint32_t ahead;  // valid keys of that piece in the steps under way, a byte each, oldest lowest
+    int32_t next;    // entry of that piece in the step whose K comes next
 
-    __device__ KeyStream(const lf_attend_params &p, const Plan &plan, const Item &item,
-                         uint32_t group, uint32_t ring_smem)
-        : plan(plan), list(nullptr), count(plan.entries), step(group), first(0), valid(0),
-          ahead(0)
+    __device__ KeyStream(const Plan &plan, const Work &work, uint32_t group, uint32_t ring_smem)
+        : plan(plan), work(work), step(group), first(0), ahead(0)
     {
-        if (p.indices) {
-            const int64_t at = (int64_t(item.batch) * p.heads + item.head) * plan.row_items;
-            list = p.indices + (at + item.list_row) * p.max_count;
-            count = min(max(p.counts[at + item.list_row], 0), int32_t(plan.entries));
-        }
-        steps = (count << plan.steps_log2) + (1u << plan.pieces_log2) - 1 >> plan.pieces_log2;
-        k = static_cast<const char *>(p.k.data) + 2 * (item.batch * p.k.batch + item.head * p.k.head);
-        v = static_cast<const char *>(p.v.data) + 2 * (item.batch * p.v.batch + item.head * p.v.head);
-        ring = ring_smem + Tile<DIM>::at(threadIdx.x % GROUP_THREADS / UNITS, threadIdx.x % UNITS);
+        ring = ring_smem +
+               Tile<DIM>::at(threadIdx.x % GROUP_THREADS / UNITS, threadIdx.x % UNITS);
         next = entry();
     }
 
     /* A step of the group is left to compute, with slots / 2 steps' K on their way. */
     __device__ bool more() const
     {
-        return __any_sync(ALL, step < steps + GROUPS * (plan.slots / 2));
+        return __any_sync(ALL, step < work.steps + GROUPS * (plan.slots / 2));
     }
 
     __device__ int32_t entry() const
     {
         const uint32_t piece = threadIdx.x & (1u << plan.pieces_log2) - 1;
         const uint32_t at = (step << plan.pieces_log2 >> plan.steps_log2) + piece;
-        if (at >= count) return -1;
-        return list ? __ldg(list + at) : int32_t(at);
+        if (at >= work.entries) return -1;
+        return work.list ? __ldg(work.list + at) : int32_t(at);
     }
 
     /* K of the next step to byte `to` of the ring; it will be computed `lead` steps from now. */
@@ -124,22 +117,23 @@ template <int DIM> struct KeyStream {
                                 (step & (1u << plan.steps_log2) - 1) * STEP;
         const bool some = uint32_t(next) < plan.blocks && within < plan.frame_tokens;
         first = some ? frame * plan.frame_tokens + within : 0;
-        valid = some ? min(plan.frame_tokens - within, 1u << plan.piece_log2) : 0;
+        const uint32_t valid = some ? min(plan.frame_tokens - within, 1u << plan.piece_log2) : 0;
         ahead |= valid << 8 * lead;
-        copy(to, k, plan.k_token);
+        copy(to, work.k, plan.k_token, valid);
         cp_async_commit_group();
         step += GROUPS;
         next = entry();
     }
 
-    /* V of the step whose K was copied last. */
-    __device__ __forceinline__ void copy_v(uint32_t to)
+    /* V of the step whose K was copied last, which will be computed `lead` steps from now. */
+    __device__ __forceinline__ void copy_v(uint32_t to, uint32_t lead)
     {
-        copy(to, v, plan.v_token);
+        copy(to, work.v, plan.v_token, ahead >> 8 * lead & 0xff);
         cp_async_commit_group();
     }
 
-    __device__ __forceinline__ void copy(uint32_t to, const char *rows, int64_t token_bytes)
+    __device__ __forceinline__ void copy(uint32_t to, const char *rows, int64_t token_bytes,
+                                         uint32_t valid)
     {
         to += ring;
         rows += threadIdx.x % UNITS * 16;
@@ -153,8 +147,9 @@ template <int DIM> struct KeyStream {
             }
             return;
         }
-        // Rows that are no key become zeros: finite, whatever lies there.
-#pragma unroll
+        // Rows that are no key become zeros: finite, whatever lies there. Not unrolled: the loop's
+        // constants would be kept in registers throughout.
+#pragma unroll 1
         for (uint32_t i = 0; i < PASSES; i++) {
             const uint32_t key = mine + i * PASS_ROWS, piece = key >> plan.piece_log2;
             const uint32_t in_piece = key & (1u << plan.piece_log2) - 1;
@@ -194,8 +189,9 @@ __device__ __forceinline__ void mask(float (&s)[2][TILES][4], uint32_t first_col
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
         const uint32_t column = first_column + n * 8;
-        const uint32_t keys = __shfl_sync(ALL, valid, column >> piece_log2);
-        const uint32_t mine = (column & (1u << piece_log2) - 1) + threadIdx.x % 4 * 2;
+        const uint32_t piece = column >> piece_log2;
+        const uint32_t end = (piece << piece_log2) + __shfl_sync(ALL, valid, piece);
+        const int keys = int(end) - int(column + threadIdx.x % 4 * 2);  // from this lane's first on
 #pragma unroll
         for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -203,7 +199,7 @@ __device__ __forceinline__ void mask(float (&s)[2][TILES][4], uint32_t first_col
                 float &x = s[m][n][i];
                 x = x > most ? most : x;
                 x = x < -most ? -most : x;  // a NaN stays
-                if (mine + i % 2 >= keys) x = -INFINITY;
+                if (i % 2 >= keys) x = -INFINITY;
             }
         }
     }
@@ -333,7 +329,7 @@ __device__ __forceinline__ void store(const Rows<DIM> &rows, uint8_t *q_smem, ch
 /* The item's rows, at most 32 * ROW_WARPS: warps of a group by rows, then by keys of a step. */
 template <typename T, int DIM, int ROW_WARPS>
 __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Plan &plan,
-                                            Item item, uint8_t *smem)
+                                            const Work &work, uint8_t *smem)
 {
     constexpr uint32_t ROW_BYTES = Tile<DIM>::ROW_BYTES, UNITS = Tile<DIM>::UNITS;
     constexpr uint32_t Q_BYTES = TILE_ROWS * ROW_BYTES, TILE_BYTES = STEP * ROW_BYTES;
@@ -345,26 +341,21 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
 
     // Q, all threads; rows past the end become zeros
     const char *q = static_cast<const char *>(p.q.data) +
-                    2 * (item.batch * p.q.batch + item.head * p.q.head) +
-                    item.first * plan.q_token + threadIdx.x % UNITS * 16;
+                    2 * (work.batch * p.q.batch + work.head * p.q.head) +
+                    work.first * plan.q_token + threadIdx.x % UNITS * 16;
 #pragma unroll
     for (uint32_t i = 0; i < WARP_ROWS * ROW_WARPS / (THREADS / UNITS); i++) {
         const uint32_t at = threadIdx.x / UNITS + i * (THREADS / UNITS);
-        const bool inside = at < item.count;
+        const bool inside = at < work.count;
         cp_async_16_zfill(q_smem + Tile<DIM>::at(at, threadIdx.x % UNITS),
                           q + (inside ? at * plan.q_token : 0), inside ? 16 : 0);
     }
     cp_async_commit_group();
-    RowStats *stats =
-        reinterpret_cast<RowStats *>(smem + Q_BYTES + GROUPS * plan.slots * TILE_BYTES);
-    Item *item_smem = reinterpret_cast<Item *>(stats + WARPS * WARP_ROWS);
-    if (threadIdx.x == 0) *item_smem = item;
-
     const uint32_t ring = q_smem + Q_BYTES + group * plan.slots * TILE_BYTES;
-    KeyStream<DIM> keys(p, plan, item, group, ring);
+    KeyStream<DIM> keys(plan, work, group, ring);
     keys.copy_k(0, 0);
     if (plan.slots == 4) {
-        keys.copy_v(TILE_BYTES);
+        keys.copy_v(TILE_BYTES, 0);
         keys.copy_k(2 * TILE_BYTES, 1);
         cp_async_wait_group<3>();
     } else {
@@ -393,7 +384,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
         // logits of 32 rows x KEYS keys
         float s[2][KEYS / 8][4] = {};
         keys.wait(group);
-        keys.copy_v((tiles ^ turn_ring) + TILE_BYTES);
+        keys.copy_v((tiles ^ turn_ring) + TILE_BYTES, plan.slots / 2 - 1);
         const uint32_t k_tile = k_at + tiles;
 #pragma unroll
         for (uint32_t i = 0; i < DIM / 16; i++) {
@@ -494,6 +485,8 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
     const auto group_sync = [&] { bar_sync(1 + group, GROUP_THREADS); };
     const auto block_sync = [] { __syncthreads(); };
     float4 *boxes = reinterpret_cast<float4 *>(smem + Q_BYTES);
+    RowStats *stats =
+        reinterpret_cast<RowStats *>(smem + Q_BYTES + GROUPS * plan.slots * TILE_BYTES);
     constexpr int TILES = DIM / 8 / (2 * GROUP_WARPS / ROW_WARPS);  // of columns, in the end
     uint32_t column = 0;
     cp_async_wait_group<0>();
@@ -506,24 +499,47 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
     merge<DIM, 2 * TILES>(rows, boxes, stats, warp ^ GROUP_WARPS, group, block_sync);
     column += group * (8 * TILES);
 
-    item = *item_smem;  // not kept in registers meanwhile
     char *out = static_cast<char *>(p.out.data) +
-                2 * (item.batch * p.out.batch + item.head * p.out.head) +
-                item.first * plan.out_token;
-    store<T, DIM, TILES>(rows, smem, out, plan.out_token, row_warp * WARP_ROWS, column, item.count);
+                2 * (work.batch * p.out.batch + work.head * p.out.head) +
+                work.first * plan.out_token;
+    store<T, DIM, TILES>(rows, smem, out, plan.out_token, row_warp * WARP_ROWS, column, work.count);
     if (p.lse && column == 0 && lane % 4 == 0) {
         float *lse =
-            p.lse + (int64_t(item.batch) * p.heads + item.head) * p.q_len + item.first;  // [count]
+            p.lse + (int64_t(work.batch) * p.heads + work.head) * p.q_len + work.first;  // [count]
 #pragma unroll
         for (int m = 0; m < 2; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const uint32_t at = row_warp * WARP_ROWS + m * 16 + half * 8 + lane / 4;
-                if (at < item.count)
+                if (at < work.count)
                     lse[at] = rows.top[m][half] * 0.693147180559945f + logf(rows.sum[m][half]);
             }
         }
     }
+}
+
+__device__ Work find_work(const lf_attend_params &p, const Plan &plan)
+{
+    uint32_t i = blockIdx.x, skipped = 0, most = TILE_ROWS;
+    if (i >= plan.whole_items) {
+        skipped = (i - plan.whole_items) % 2 * (TILE_ROWS / 2);
+        i = plan.whole_items + (i - plan.whole_items) / 2;
+        most = TILE_ROWS / 2;
+    }
+    const uint32_t heads = uint32_t(p.heads), list_row = i % plan.row_items;
+    Work w;
+    w.head = i / plan.row_items % heads;
+    w.batch = i / plan.row_items / heads;
+    w.k = static_cast<const char *>(p.k.data) + 2 * (w.batch * p.k.batch + w.head * p.k.head);
+    w.v = static_cast<const char *>(p.v.data) + 2 * (w.batch * p.v.batch + w.head * p.v.head);
+    w.list = p.indices ? p.indices + i * p.max_count : nullptr;
+    w.entries = plan.entries;
+    if (p.indices) w.entries = uint32_t(min(max(p.counts[i], 0), int32_t(plan.entries)));
+    w.steps = ((w.entries << plan.steps_log2) + (1u << plan.pieces_log2) - 1) >> plan.pieces_log2;
+    w.first = int64_t(list_row) * plan.rows_per_item + skipped;
+    const int64_t rows = min(int64_t(plan.rows_per_item) - skipped, p.q_len - w.first);
+    w.count = uint32_t(min(max(rows, int64_t(0)), int64_t(most)));
+    return w;
 }
 
 template <typename T, int DIM>
@@ -531,21 +547,11 @@ __global__ void __launch_bounds__(THREADS, 1)
     attend_kernel(const __grid_constant__ lf_attend_params p, const __grid_constant__ Plan plan)
 {
     extern __shared__ __align__(1024) uint8_t smem[];
-    uint32_t i = blockIdx.x, skipped = 0;
-    if (i >= plan.whole_items) {
-        skipped = (i - plan.whole_items) % 2 * (TILE_ROWS / 2);
-        i = plan.whole_items + (i - plan.whole_items) / 2;
-    }
-    Item item;
-    item.list_row = i % plan.row_items;
-    item.head = i / plan.row_items % uint32_t(p.heads);
-    item.batch = i / plan.row_items / uint32_t(p.heads);
-    item.first = int64_t(item.list_row) * plan.rows_per_item + skipped;
-    const int64_t left = min(int64_t(plan.rows_per_item) - skipped, p.q_len - item.first);
-    if (left <= 0) return;
-    item.count = uint32_t(i < plan.whole_items ? left : min(left, int64_t(TILE_ROWS / 2)));
-    if (item.count > TILE_ROWS / 2) attend_rows<T, DIM, 4>(p, plan, item, smem);
-    else attend_rows<T, DIM, 2>(p, plan, item, smem);
+    __shared__ Work work;
+    if (threadIdx.x == 0) work = find_work(p, plan);
+    __syncthreads();
+    if (work.count > TILE_ROWS / 2) attend_rows<T, DIM, 4>(p, plan, work, smem);
+    else if (work.count > 0) attend_rows<T, DIM, 2>(p, plan, work, smem);
 }
 
 // ---- the variants that exist, all on one screen ----------------------------------------------
@@ -564,7 +570,7 @@ kernel_fn pick(lf_dtype dtype, int64_t dim)
 uint32_t shared_bytes(int64_t dim, uint32_t slots)
 {
     return uint32_t(dim * 2 * (TILE_ROWS + GROUPS * slots * STEP) +
-                    WARPS * WARP_ROWS * sizeof(RowStats) + sizeof(Item));
+                    WARPS * WARP_ROWS * sizeof(RowStats));
 }
 
 // ---- devices, asked once each -----------------------------------------------------------------
@@ -751,20 +757,31 @@ extern "C" int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_
     return 0;
 }
 
-extern "C" int lf_attend_cuda(const lf_attend_params *p, lf_place place, lf_error *err)
+/* Whether the Hopper kernel takes this call; -1, with `err` filled, if it must and cannot. */
+static int on_sm90(const lf_attend_params *p, int device, lf_error *err)
 {
     lf_error reason;
     switch (choice().load()) {
-    case PORTABLE: return lf_attend_portable(p, place, err);
-    case SM90:
-        return lf_attend_sm90_can_run(p, place.device, err) ? lf_attend_sm90(p, place, err) : -1;
+    case PORTABLE: return 0;
+    case SM90: return lf_attend_sm90_can_run(p, device, err) ? 1 : -1;
     case UNKNOWN:
         return lf_fail(err, LF_UNSUPPORTED,
                        "LIGHTFORCING_KERNEL: expected auto, portable or sm90, got %.100s",
                        getenv("LIGHTFORCING_KERNEL"));
-    default:
-        return lf_attend_sm90_can_run(p, place.device, &reason)
-                   ? lf_attend_sm90(p, place, err)
-                   : lf_attend_portable(p, place, err);
+    default: return lf_attend_sm90_can_run(p, device, &reason);
     }
+}
+
+extern "C" int64_t lf_attend_cuda_workspace(const lf_attend_params *p, int device)
+{
+    lf_error reason;
+    return on_sm90(p, device, &reason) == 1 ? lf_attend_sm90_workspace(p, device) : 0;
+}
+
+extern "C" int lf_attend_cuda(const lf_attend_params *p, void *workspace, lf_place place,
+                              lf_error *err)
+{
+    const int sm90 = on_sm90(p, place.device, err);
+    if (sm90 < 0) return -1;
+    return sm90 ? lf_attend_sm90(p, workspace, place, err) : lf_attend_portable(p, place, err);
 }

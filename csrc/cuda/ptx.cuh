@@ -139,6 +139,19 @@ __device__ __forceinline__ void grid_dependency_wait()
 #endif
 }
 
+/* ld.acquire / st.release at the scope of the GPU. */
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t *address)
+{
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release(uint64_t *address, uint64_t value)
+{
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
 /* bar.sync on a named barrier (1 to 15; 0 is __syncthreads) that `threads` threads reach. */
 __device__ __forceinline__ void bar_sync(uint32_t barrier, uint32_t threads)
 {

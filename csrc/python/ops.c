@@ -365,6 +365,7 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
                                     Py_ssize_t nargs)
 {
     lf_arg q = {0}, k = {0}, v = {0}, out = {0}, lse = {0}, indices = {0}, counts = {0};
+    lf_arg workspace = {0};
     const lf_arg *const all[] = {&q, &k, &v, &out, &indices, &counts};
     lf_dims dims = {0};
     lf_error err = {0};
@@ -413,8 +414,13 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
     p.k_len = LF_DIM(dims, 'K');
     p.scale = (float)scale;
     p.dtype = q.dtype;
+    if (place.device >= 0) {
+        LF_DIM(dims, 'W') = lf_ceil_div(lf_attend_cuda_workspace(&p, place.device), 4);
+        if (lf_borrow_out(NULL, args[5], "workspace", "W", LF_I32, &dims, &workspace) < 0) goto done;
+    }
     Py_BEGIN_ALLOW_THREADS
-    status = place.device < 0 ? lf_attend_cpu(&p, &err) : lf_attend_cuda(&p, place, &err);
+    status = place.device < 0 ? lf_attend_cpu(&p, &err)
+                              : lf_attend_cuda(&p, workspace.data, place, &err);
     Py_END_ALLOW_THREADS
     if (status < 0)
         result = lf_raise(&err);
@@ -431,5 +437,6 @@ done:
     lf_release(&lse);
     lf_release(&indices);
     lf_release(&counts);
+    lf_release(&workspace);
     return result;
 }
