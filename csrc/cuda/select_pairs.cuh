@@ -82,15 +82,23 @@ __device__ __forceinline__ void load_keys(const Selection &s, int bh, int j, Key
 
     float largest = 0.0f;
 #pragma unroll
-    for (int step = 0; step < DIM / 32; step++) {
+    for (int step = 0; step < DIM / 32; step++)
+        if (32 * step + 8 * t < s.dim) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float x[8];
-            if (32 * step + 8 * t >= s.dim) continue;
-            load8(row[i] + 32 * step + 8 * t, vectors, x);
+            for (int i = 0; i < 4; i++) {
+                float x[8];
+                load8(row[i] + 32 * step + 8 * t, vectors, x);
 #pragma unroll
-            for (int d = 0; d < 8; d++) largest = fmaxf(largest, fabsf(x[d]));
+                for (int d = 0; d < 8; d++) largest = fmaxf(largest, fabsf(x[d]));
+            }
         }
+    if (largest > FLT_MAX) {  // an infinity leaves the scale to the other parts
+        largest = 0.0f;
+#pragma unroll 1
+        for (int d = 8 * t; d < s.dim; d += d % 8 < 7 ? 1 : 25)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (fabsf(row[i][d]) <= FLT_MAX) largest = fmaxf(largest, fabsf(row[i][d]));
     }
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
@@ -159,7 +167,7 @@ __device__ __forceinline__ void multiply(const KeyOperands<DIM> &keys, const uin
             x[i % 2][2 * m + i / 2] = fmaf(__int_as_float(cross[m][i]), SPLIT_CROSS, sum[m][i]);
 }
 
-/* The log-sum-exp where a logit is NaN or infinite: NaN counts as absent and sets bit 0,
+/* The log-sum-exp where a logit is NaN, infinite or large: NaN counts as absent and sets bit 0,
  * infinities as the largest finite float. */
 __device__ __noinline__ float odd_log_sum_exp(float4 x, float4 tokens, float q_factor,
                                               float k_factor)
@@ -189,7 +197,8 @@ __device__ __forceinline__ float log_sum_exp(const float (&x)[4], const float (&
     const float factor = q_factor * k_factor, factor2 = factor * LOG2_E;
     const float largest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
     const float most = largest * factor, most2 = largest * factor2;
-    if (isnan(x[0]) || isnan(x[1]) || isnan(x[2]) || isnan(x[3]) || !(fabsf(most2) < FLT_MAX))
+    // A large maximum is rounded by more than exp2's argument can bear.
+    if (isnan(x[0]) || isnan(x[1]) || isnan(x[2]) || isnan(x[3]) || !(fabsf(most2) < 0x1p20f))
         return odd_log_sum_exp(make_float4(x[0], x[1], x[2], x[3]),
                                make_float4(tokens[0], tokens[1], tokens[2], tokens[3]), q_factor,
                                k_factor);
