@@ -43,6 +43,7 @@ constexpr uint32_t ALL = 0xffffffffu;
  * 64-key blocks of one frame of Lk tokens. */
 struct Plan {
     int64_t q_token, k_token, v_token, out_token;
+    int64_t k_pass, v_pass;  // of the rows that a group copies at once
     uint32_t rows_per_item, row_items;  // query rows of a list row; list rows of a (b, h)
     uint32_t whole_items;               // blocks that take a whole list row; the others take halves
     uint32_t entries;                   // most entries of a list
@@ -50,7 +51,7 @@ struct Plan {
     uint32_t blocks, frame_blocks;  // entries outside [0, blocks) are skipped
     uint32_t magic, shift;          // j / frame_blocks = j * magic >> shift for j < 2^31
     uint32_t piece_log2, pieces_log2, steps_log2;  // keys of a piece; pieces of a step; or steps
-    uint32_t slots;                                // tiles of a ring
+    uint32_t slots, ring_bytes;                    // of a group: tiles, and their size
     float scale_log2;                              // logits times this are exponents of 2
     float most;                                    // largest |q . k| whose exponent is finite
 };
@@ -75,23 +76,27 @@ struct Work {
 /* Copies the group's steps into its ring, tile by tile: K of a step, V of it, K of the next. The
  * lanes hold the entries of a step, piece i in lane i, and the entry of the next one early, so
  * that no copy waits for the list. */
+__device__ __forceinline__ void sync_group()
+{
+    bar_sync(1 + tid_x() / GROUP_THREADS, GROUP_THREADS);
+}
+
 template <int DIM> struct KeyStream {
     static constexpr uint32_t UNITS = Tile<DIM>::UNITS;
     static constexpr uint32_t PASS_ROWS = GROUP_THREADS / UNITS, PASSES = STEP / PASS_ROWS;
 
     const Plan &plan;
     const Work &work;
+    uint32_t rings;  // shared-window address of both rings
     uint32_t step;   // whose K comes next
-    uint32_t ring;   // shared-window address of this thread's first unit in slot 0
     uint32_t first;  // token of this lane's piece in the step whose V comes next
     uint32_t ahead;  // valid keys of that piece in the steps under way, a byte each, oldest lowest
     int32_t next;    // entry of that piece in the step whose K comes next
 
-    __device__ KeyStream(const Plan &plan, const Work &work, uint32_t group, uint32_t ring_smem)
-        : plan(plan), work(work), step(group), first(0), ahead(0)
+    __device__ KeyStream(const Plan &plan, const Work &work, uint32_t rings)
+        : plan(plan), work(work), rings(rings), step(threadIdx.x / GROUP_THREADS), first(0),
+          ahead(0)
     {
-        ring = ring_smem +
-               Tile<DIM>::at(threadIdx.x % GROUP_THREADS / UNITS, threadIdx.x % UNITS);
         next = entry();
     }
 
@@ -103,7 +108,7 @@ template <int DIM> struct KeyStream {
 
     __device__ int32_t entry() const
     {
-        const uint32_t piece = threadIdx.x & (1u << plan.pieces_log2) - 1;
+        const uint32_t piece = tid_x() & (1u << plan.pieces_log2) - 1;
         const uint32_t at = (step << plan.pieces_log2 >> plan.steps_log2) + piece;
         if (at >= work.entries) return -1;
         return work.list ? __ldg(work.list + at) : int32_t(at);
@@ -119,7 +124,7 @@ template <int DIM> struct KeyStream {
         first = some ? frame * plan.frame_tokens + within : 0;
         const uint32_t valid = some ? min(plan.frame_tokens - within, 1u << plan.piece_log2) : 0;
         ahead |= valid << 8 * lead;
-        copy(to, work.k, plan.k_token, valid);
+        copy(to, work.k, plan.k_token, plan.k_pass, valid);
         cp_async_commit_group();
         step += GROUPS;
         next = entry();
@@ -128,22 +133,23 @@ template <int DIM> struct KeyStream {
     /* V of the step whose K was copied last, which will be computed `lead` steps from now. */
     __device__ __forceinline__ void copy_v(uint32_t to, uint32_t lead)
     {
-        copy(to, work.v, plan.v_token, ahead >> 8 * lead & 0xff);
+        copy(to, work.v, plan.v_token, plan.v_pass, ahead >> 8 * lead & 0xff);
         cp_async_commit_group();
     }
 
     __device__ __forceinline__ void copy(uint32_t to, const char *rows, int64_t token_bytes,
-                                         uint32_t valid)
+                                         int64_t pass_bytes, uint32_t valid)
     {
-        to += ring;
-        rows += threadIdx.x % UNITS * 16;
-        const uint32_t mine = threadIdx.x % GROUP_THREADS / UNITS;
+        const uint32_t thread = tid_x() % GROUP_THREADS, unit = thread % UNITS;
+        const uint32_t mine = thread / UNITS;
+        to += rings + tid_x() / GROUP_THREADS * plan.ring_bytes + Tile<DIM>::at(mine, unit);
+        rows += unit * 16;
         if (__all_sync(ALL, valid == STEP)) {
             const char *from = rows + (first + mine) * token_bytes;
 #pragma unroll
             for (uint32_t i = 0; i < PASSES; i++) {
                 cp_async_16(to + i * (PASS_ROWS * Tile<DIM>::ROW_BYTES), from);
-                from += PASS_ROWS * token_bytes;
+                from += pass_bytes;
             }
             return;
         }
@@ -162,11 +168,11 @@ template <int DIM> struct KeyStream {
 
     /* The oldest tile under way has arrived, for the whole group, and the tile used last is free.
      * Tiles past the end count as empty groups of copies, so the number to wait for is constant. */
-    __device__ __forceinline__ void wait(uint32_t group) const
+    __device__ __forceinline__ void wait() const
     {
         if (plan.slots == 2) cp_async_wait_group<0>();
         else cp_async_wait_group<2>();
-        bar_sync(1 + group, GROUP_THREADS);
+        sync_group();
     }
 };
 
@@ -191,7 +197,7 @@ __device__ __forceinline__ void mask(float (&s)[2][TILES][4], uint32_t first_col
         const uint32_t column = first_column + n * 8;
         const uint32_t piece = column >> piece_log2;
         const uint32_t end = (piece << piece_log2) + __shfl_sync(ALL, valid, piece);
-        const int keys = int(end) - int(column + threadIdx.x % 4 * 2);  // from this lane's first on
+        const int keys = int(end) - int(column + tid_x() % 4 * 2);  // from this lane's first on
 #pragma unroll
         for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -351,8 +357,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
                           q + (inside ? at * plan.q_token : 0), inside ? 16 : 0);
     }
     cp_async_commit_group();
-    const uint32_t ring = q_smem + Q_BYTES + group * plan.slots * TILE_BYTES;
-    KeyStream<DIM> keys(plan, work, group, ring);
+    KeyStream<DIM> keys(plan, work, q_smem + Q_BYTES);
     keys.copy_k(0, 0);
     if (plan.slots == 4) {
         keys.copy_v(TILE_BYTES, 0);
@@ -364,6 +369,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
     __syncthreads();  // Q has arrived
 
     const uint32_t q_at = q_smem + row_warp * (WARP_ROWS * ROW_BYTES) + Tile<DIM>::rows_first(lane);
+    const uint32_t ring = q_smem + Q_BYTES + group * plan.ring_bytes;
     const uint32_t k_at = ring + part * (KEYS * ROW_BYTES) + Tile<DIM>::columns_first(lane);
     const uint32_t v_at = ring + part * (KEYS * ROW_BYTES) + Tile<DIM>::rows_first(lane);
     const uint32_t turn_ring = plan.slots == 4 ? 2 * TILE_BYTES : 0;
@@ -383,7 +389,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
     while (keys.more()) {
         // logits of 32 rows x KEYS keys
         float s[2][KEYS / 8][4] = {};
-        keys.wait(group);
+        keys.wait();
         keys.copy_v((tiles ^ turn_ring) + TILE_BYTES, plan.slots / 2 - 1);
         const uint32_t k_tile = k_at + tiles;
 #pragma unroll
@@ -404,7 +410,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
         }
         const uint32_t valid = keys.ahead & 0xff;
         const uint32_t v_tile = v_at + tiles + TILE_BYTES;
-        keys.wait(group);
+        keys.wait();
         keys.copy_k(tiles, plan.slots / 2);
         keys.ahead >>= 8;
         tiles ^= turn_ring;
@@ -448,10 +454,10 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
             const int m = quarter / 2, n = 2 * turn + quarter % 2;
             float w[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < 4; i++)
                 w[i] = ex2_approx_ftz(fmaf(s[m][n][i], plan.scale_log2, -rows.top[m][i / 2]));
-                rows.sum[m][i / 2] += w[i];
-            }
+            rows.sum[m][0] += w[0] + w[1];
+            rows.sum[m][1] += w[2] + w[3];
             weights[turn % 2][m][quarter % 2 * 2] = pack2<T>(w[0], w[1]);
             weights[turn % 2][m][quarter % 2 * 2 + 1] = pack2<T>(w[2], w[3]);
         };
@@ -482,11 +488,11 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
             rows.sum[m][half] += __shfl_xor_sync(ALL, rows.sum[m][half], 2);
         }
     }
-    const auto group_sync = [&] { bar_sync(1 + group, GROUP_THREADS); };
+    const auto group_sync = [] { sync_group(); };
     const auto block_sync = [] { __syncthreads(); };
     float4 *boxes = reinterpret_cast<float4 *>(smem + Q_BYTES);
     RowStats *stats =
-        reinterpret_cast<RowStats *>(smem + Q_BYTES + GROUPS * plan.slots * TILE_BYTES);
+        reinterpret_cast<RowStats *>(smem + Q_BYTES + GROUPS * plan.ring_bytes);
     constexpr int TILES = DIM / 8 / (2 * GROUP_WARPS / ROW_WARPS);  // of columns, in the end
     uint32_t column = 0;
     cp_async_wait_group<0>();
@@ -653,6 +659,8 @@ Plan make_plan(const lf_attend_params *p, const Device &device, int64_t *blocks)
     plan.k_token = 2 * p->k.token;
     plan.v_token = 2 * p->v.token;
     plan.out_token = 2 * p->out.token;
+    plan.k_pass = plan.k_token * (GROUP_THREADS * 8 / p->dim);
+    plan.v_pass = plan.v_token * (GROUP_THREADS * 8 / p->dim);
     plan.frame_tokens = uint32_t(frame_tokens);
     plan.block_keys = uint32_t(block_k);
     plan.frame_blocks = uint32_t(lf_frame_blocks(frame_tokens, block_k));
@@ -667,6 +675,7 @@ Plan make_plan(const lf_attend_params *p, const Device &device, int64_t *blocks)
     plan.scale_log2 = p->scale * 1.44269504088896f;
     plan.most = FLT_MAX / fmaxf(plan.scale_log2 * 1.0001f, 1.0f);
     plan.slots = shared_bytes(p->dim, 4) <= uint32_t(device.shared) ? 4 : 2;
+    plan.ring_bytes = uint32_t(plan.slots * STEP * p->dim * 2);
 
     plan.rows_per_item = list ? uint32_t(p->block_q) : p->q_len <= 64 ? 64 : TILE_ROWS;
     plan.row_items = uint32_t(lf_ceil_div(p->q_len, plan.rows_per_item));

@@ -12,9 +12,9 @@
  *                       the last PV of this one, whose O is written while P is packed
  *
  * The last wave: the tiles that do not fill the grid are cut along their lists into equal pieces,
- * one a CTA. The CTA with a tile's first steps merges the others' float32 sums, in list order, as
- * its last item; the others hand theirs over as their first. They are CTAs of lower index, which
- * started before it, so it cannot wait for one that has no SM yet. No second launch; bit-stable.
+ * one a CTA. The CTA with a tile's first steps merges the others' float32 sums, in list order. It
+ * waits for CTAs of lower index only, which started before it and had their pieces first, so it
+ * cannot wait for one that has no SM yet. No second launch; bit-stable.
  *
  * Limits measured: the probe's main loop ran at 720 TFLOP/s (H100, short burst); L2 serves
  * 64 KB a step, 5.5 TB/s at that rate. */
@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(384, 1)
                 prefetch_tensormap(&v);
             }
             grid_dependency_wait();
+            grid_launch_dependents();
             produce(s, p, {&q, &k, &v});
         }
     } else {

@@ -18,6 +18,14 @@ __device__ __forceinline__ uint32_t smem_address(const void *pointer)
 
 /* ---- any chip since sm_80: cp.async, ldmatrix, mma.sync (kernels: attend.cu, select.cu) ---- */
 
+/* %tid.x: threadIdx.x read anew, where a register kept for it would be one too many. */
+__device__ __forceinline__ uint32_t tid_x()
+{
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 /* cp.async of 16 bytes from global to shared memory, past L1; both 16-byte aligned. */
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from)
 {
