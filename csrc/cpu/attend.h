@@ -6,6 +6,7 @@
 #define LIGHTFORCING_CPU_ATTEND_H
 
 #include "../lightforcing.h"
+#include "convert.h"
 
 #include <math.h>
 #include <string.h>
@@ -65,32 +66,11 @@ static inline int64_t lf_next_keys(const lf_attend_tile *tile, lf_key_cursor *at
 
 /* ---- elements --------------------------------------------------------------------- */
 
-static inline float lf_float_of_bits(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 static inline uint32_t lf_bits_of_float(float x)
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
-}
-
-static inline float lf_float_of_bf16(uint16_t x) { return lf_float_of_bits((uint32_t)x << 16); }
-
-/* Branch-free selects, so that the loops over it become vector code. */
-static inline float lf_float_of_f16(uint16_t x)
-{
-    const uint32_t sign = (uint32_t)(x & 0x8000) << 16;
-    const uint32_t low = (uint32_t)(x & 0x7fff) << 13;
-    const uint32_t normal = low + (112u << 23);        // exponent bias 15 to 127
-    const uint32_t special = low + (224u << 23);       // infinities and NaN: exponent 255
-    const float tiny = (float)(x & 0x3ff) * 0x1p-24f;  // subnormal halves
-    const uint32_t finite = low < (1u << 23) ? lf_bits_of_float(tiny) : normal;
-    return lf_float_of_bits(sign | (low < (31u << 23) ? finite : special));
 }
 
 /* To nearest, ties to even. */
@@ -115,28 +95,29 @@ static inline uint16_t lf_f16_of_float(float x)
     return (uint16_t)(sign | (size_bits - (112u << 23) + 0xfff + (size_bits >> 13 & 1)) >> 13);
 }
 
-/* Row `token` of x, in elements of the tensor's dtype. */
-static inline int64_t lf_row_offset(const lf_tensor *x, int64_t b, int64_t h, int64_t token)
-{
-    return b * x->batch + token * x->token + h * x->head;
-}
-
-static inline float lf_load(const void *data, lf_dtype dtype, int64_t offset)
+static inline float lf_load(const void *row, lf_dtype dtype, int64_t d)
 {
     switch (dtype) {
-    case LF_F16: return lf_float_of_f16(((const uint16_t *)data)[offset]);
-    case LF_BF16: return lf_float_of_bf16(((const uint16_t *)data)[offset]);
-    default: return ((const float *)data)[offset];
+    case LF_F16: return lf_from_f16(((const uint16_t *)row)[d]);
+    case LF_BF16: return lf_from_bf16(((const uint16_t *)row)[d]);
+    default: return ((const float *)row)[d];
     }
 }
 
-static inline void lf_store(void *data, lf_dtype dtype, int64_t offset, float x)
+static inline void lf_store(void *row, lf_dtype dtype, int64_t d, float x)
 {
     switch (dtype) {
-    case LF_F16: ((uint16_t *)data)[offset] = lf_f16_of_float(x); break;
-    case LF_BF16: ((uint16_t *)data)[offset] = lf_bf16_of_float(x); break;
-    default: ((float *)data)[offset] = x; break;
+    case LF_F16: ((uint16_t *)row)[d] = lf_f16_of_float(x); break;
+    case LF_BF16: ((uint16_t *)row)[d] = lf_bf16_of_float(x); break;
+    default: ((float *)row)[d] = x; break;
     }
+}
+
+/* Row `token` of an output. */
+static inline void *lf_out_row(const lf_attend_params *p, int64_t b, int64_t h, int64_t token)
+{
+    const int64_t offset = b * p->out.batch + token * p->out.token + h * p->out.head;
+    return (char *)p->out.data + offset * lf_dtype_size(p->dtype);
 }
 
 /* A logit is clamped to the finite floats, so that no overflow of q.k makes a NaN; a NaN stays. */

@@ -29,7 +29,8 @@ enum {
 };
 
 typedef struct {
-    vf most[2], sum[2];  // of the logits so far, in units of log 2
+    vf most[2];          // of the logits so far, in units of log 2
+    vf sum[2], lost[2];  // of the exponentials; what rounding took from it
 } softmax_state;
 
 typedef struct {
@@ -70,7 +71,7 @@ TILE_FN void widen(const void *from, lf_dtype dtype, float *to, int64_t n)
     switch (dtype) {
     case LF_F16: widen_f16(half, to, n); break;
     case LF_BF16:
-        for (int64_t i = 0; i < n; i++) to[i] = lf_float_of_bf16(half[i]);
+        for (int64_t i = 0; i < n; i++) to[i] = lf_from_bf16(half[i]);
         break;
     default: memcpy(to, from, (size_t)n * sizeof *to); break;
     }
@@ -82,11 +83,6 @@ typedef struct {
     const char *row[2 * KEY_STEP];  // key 0, value 0, key 1, ...
 } key_rows;
 
-static int64_t row_bytes(const lf_attend_params *p)
-{
-    return p->dim * (p->dtype == LF_F32 ? 4 : 2);
-}
-
 /* Takes the next keys of the tile, KEY_STEP unless they end, and touches each row.
  *
  * NOTE: rows of a token-major cache lie a page or more apart. A prefetch whose page walk is
@@ -96,16 +92,16 @@ static int64_t row_bytes(const lf_attend_params *p)
 TILE_FN void take_keys(const lf_attend_tile *tile, lf_key_cursor *at, key_rows *keys)
 {
     const lf_attend_params *p = tile->p;
-    const int64_t size = row_bytes(p) / p->dim;
+    const int64_t size = lf_dtype_size(p->dtype);
     int64_t start, count;
 
     keys->n = keys->fetched = 0;
     while (keys->n < KEY_STEP && (count = lf_next_keys(tile, at, KEY_STEP - keys->n, &start)) > 0) {
-        const int64_t k = lf_row_offset(&p->k, tile->b, tile->h, start);
-        const int64_t v = lf_row_offset(&p->v, tile->b, tile->h, start);
-        for (int64_t i = 0; i < count; i++, keys->n++) {
-            keys->row[2 * keys->n] = (const char *)p->k.data + (k + i * p->k.token) * size;
-            keys->row[2 * keys->n + 1] = (const char *)p->v.data + (v + i * p->v.token) * size;
+        const char *k = lf_at(&p->k, p->dtype, tile->b, start, tile->h);
+        const char *v = lf_at(&p->v, p->dtype, tile->b, start, tile->h);
+        for (; count > 0; count--, k += p->k.token * size, v += p->v.token * size) {
+            keys->row[2 * keys->n] = k;
+            keys->row[2 * keys->n++ + 1] = v;
         }
     }
     for (int64_t i = 0; i < 2 * keys->n; i++) __builtin_prefetch(keys->row[i], 0, 2);
@@ -131,15 +127,13 @@ TILE_FN void copy_keys(const lf_attend_params *p, const key_rows *keys, const wo
 TILE_FN void load_queries(const lf_attend_tile *tile, const workspace *w)
 {
     const lf_attend_params *p = tile->p;
-    const int64_t size = row_bytes(p) / p->dim;
     const float factor = (float)(p->scale * 1.44269504088896340736);
     float row[LF_ATTEND_MAX_DIM];
 
     memset(w->q, 0, (size_t)(PANELS * p->dim * LANES) * sizeof *w->q);
     for (int64_t i = 0; i < tile->rows; i++) {
-        const int64_t from = lf_row_offset(&p->q, tile->b, tile->h, tile->row + i);
         float *q = w->q + i / LANES * p->dim * LANES + i % LANES;  // [dim][LANES]
-        widen((const char *)p->q.data + from * size, p->dtype, row, p->dim);
+        widen(lf_at(&p->q, p->dtype, tile->b, tile->row + i, tile->h), p->dtype, row, p->dim);
         for (int64_t d = 0; d < p->dim; d++) q[d * LANES] = factor * row[d];
     }
 }
@@ -152,10 +146,11 @@ TILE_FN void store_outputs(const lf_attend_tile *tile, const workspace *w)
     for (int64_t i = 0; i < tile->rows; i++) {
         const float *o = w->o + i / LANES * p->dim * LANES + i % LANES;  // [dim][LANES]
         const float *most = (const float *)w->state[i / LANES].most;     // [LANES]
-        const float sum = ((const float *)w->state[i / LANES].sum)[i % LANES];
-        const int64_t to = lf_row_offset(&p->out, tile->b, tile->h, tile->row + i);
+        const float sum = ((const float *)w->state[i / LANES].sum)[i % LANES] +
+                          ((const float *)w->state[i / LANES].lost)[i % LANES];
+        void *out = lf_out_row(p, tile->b, tile->h, tile->row + i);
         for (int64_t d = 0; d < p->dim; d++)  // no key: zeros, and log 0 below
-            lf_store(p->out.data, p->dtype, to + d, sum == 0.0f ? 0.0f : o[d * LANES] / sum);
+            lf_store(out, p->dtype, d, sum == 0.0f ? 0.0f : o[d * LANES] / sum);
         if (lse) lse[i] = (float)(most[i % LANES] * 0.693147180559945309417 + log((double)sum));
     }
 }
@@ -303,17 +298,25 @@ TILE_FN softmax_state exponentials(float *s, int64_t n, const vf *most, const so
         sum[0] += x[0];
         sum[1] += x[1];
     }
-    for (int i = 0; i < 2; i++) after.sum[i] = vec_fma(before->sum[i], alpha[i], sum[i]);
+    // Compensated: this one sum is in the error of every output, and costs next to nothing.
+    for (int i = 0; i < 2; i++) {
+        const vf old = before->sum[i] * alpha[i];
+        const vf new = vec_fma(before->lost[i], alpha[i], sum[i]);
+        after.sum[i] = old + new;
+        const vf part = after.sum[i] - old;
+        after.lost[i] = (old - (after.sum[i] - part)) + (new - part);
+    }
     return after;
 }
 
-/* True when some logit overflowed. The largest exponential is exactly 1, so a sum below 1 or
- * NaN that was no NaN before tells of an infinite or NaN logit, as does a lowest maximum. */
+/* True when some logit overflowed. The largest exponential is exactly 1, so a sum that is
+ * not even 1/2, and that was no NaN before, tells of an infinite or NaN logit, as does the lowest
+ * maximum. */
 TILE_FN int overflowed(const softmax_state *before, const softmax_state *after)
 {
     int any = 0;
     for (int i = 0; i < 2; i++) {
-        const vi sound = (after->sum[i] >= 1.0f) & (after->most[i] > -0x1.fffffep127f);
+        const vi sound = (after->sum[i] >= 0.5f) & (after->most[i] > -0x1.fffffep127f);
         any |= vec_any(~sound & (before->sum[i] == before->sum[i]));
     }
     return any;
@@ -328,13 +331,13 @@ static void repair(const lf_attend_tile *tile, int64_t panel, const float *k, in
     const double factor = p->scale * 1.44269504088896340736;
 
     for (int64_t i = panel * LANES; i < tile->rows && i < (panel + 1) * LANES; i++) {
-        const int64_t q = lf_row_offset(&p->q, tile->b, tile->h, tile->row + i);
+        const void *q = lf_at(&p->q, p->dtype, tile->b, tile->row + i, tile->h);
         for (int64_t j = 0; j < n; j++) {
             float *x = s + j * LANES + i % LANES;
             double sum = 0.0;
             if (isfinite(*x)) continue;
             for (int64_t d = 0; d < p->dim; d++)
-                sum += (double)lf_load(p->q.data, p->dtype, q + d) * k[j * ld + d];
+                sum += (double)lf_load(q, p->dtype, d) * k[j * ld + d];
             *x = lf_clamp_logit(factor * sum);
         }
     }
@@ -380,13 +383,13 @@ TILE_RUN static void run(const lf_attend_tile *tile, float *work)
     for (int64_t i = 0; i < panels; i++)
         for (int half = 0; half < 2; half++) {
             w.state[i].most[half] = vec_splat(-0x1.fffffep127f);
-            w.state[i].sum[half] = vec_splat(0.0f);
+            w.state[i].sum[half] = w.state[i].lost[half] = vec_splat(0.0f);
         }
 
     take_keys(tile, &at, &keys[0]);
     for (int turn = 0; keys[turn].n > 0; turn ^= 1) {
         const int64_t n = keys[turn].n;
-        ahead next = {.keys = &keys[turn ^ 1], .bytes = row_bytes(p)};
+        ahead next = {.keys = &keys[turn ^ 1], .bytes = p->dim * lf_dtype_size(p->dtype)};
 
         copy_keys(p, &keys[turn], &w);
         take_keys(tile, &at, next.keys);
