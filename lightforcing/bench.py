@@ -14,14 +14,17 @@ import lightforcing as lf
 
 from .report import plan
 
-HEADS, DIM, FRAME_TOKENS = 2, 128, 1560  # of Wan 1.3B at 480x832, but 2 heads of its 12
+HEADS, DIM = 2, 128  # of the 12 heads of Wan 1.3B
 
 
-def run(config, *, seconds: float = 30, threads: int | None = None) -> dict:
+def run(
+    config, *, frame_tokens: int = 1560, seconds: float = 30, threads: int | None = None
+) -> dict:
     """Time dense and sparse attention in turn, so that a slow moment hits all of them.
 
     Args:
         config: its schedule gives the sparsity; scores and frame stage are used as set.
+        frame_tokens: tokens of a latent frame; 1560 is 480x832.
         seconds: budget; at least one round after the warm-up is timed.
         threads: of our operators and of torch; None is each one's default.
 
@@ -29,13 +32,13 @@ def run(config, *, seconds: float = 30, threads: int | None = None) -> dict:
         Plain values: the case, and for each row the median, the shortest and the number of
         samples in milliseconds, and the speed relative to our dense attention.
     """
-    page = plan(config, num_frames=21)
+    page = plan(config, num_frames=21, frame_tokens=frame_tokens)
     last = page.rows[-1]
-    q_len, k_len = 3 * FRAME_TOKENS, last["resident_frames"] * FRAME_TOKENS
+    q_len, k_len = 3 * frame_tokens, last["resident_frames"] * frame_tokens
     draw = np.random.default_rng(0)
     q, k, v = (draw.standard_normal((1, n, HEADS, DIM), np.float32) for n in (q_len, k_len, k_len))
     options = dict(
-        frame_tokens=FRAME_TOKENS,
+        frame_tokens=frame_tokens,
         sparsity=last["sparsity"],
         score=config.score,
         hierarchy=config.hierarchy,

@@ -118,7 +118,12 @@ def bench(options) -> int:
     """Time dense and sparse attention on this CPU."""
     from . import bench as clock
 
-    result = clock.run(settings(options), seconds=options.seconds, threads=options.threads)
+    result = clock.run(
+        settings(options),
+        frame_tokens=options.frame_tokens,
+        seconds=options.seconds,
+        threads=options.threads,
+    )
     show(options, result, clock.text(result))
     return 0
 
@@ -203,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("bench", bench)
     add_plan(command)
+    command.add_argument("--frame-tokens", type=positive, default=1560, help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=30, help="budget; default: %(default)s")
     command.add_argument("--threads", type=positive, help="default: OpenMP's own choice")
     return top
