@@ -269,8 +269,7 @@ class Handle:
         if unsupported is not None:
             return unsupported
         if place is None:
-            tokens = visit.call.frame_tokens
-            return f"{q.shape[1]} x {k.shape[1]} tokens, not whole frames of {tokens}, query last"
+            return reasons.not_frames(q.shape[1], k.shape[1], visit.call.frame_tokens)
         return self._plan(visit, place)
 
     def _plan(self, visit, place):
