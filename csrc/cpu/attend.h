@@ -1,7 +1,7 @@
 /* What the files of the CPU attention share: private to csrc/cpu/attend*.
  *
- * A tile is up to 128 queries of one (batch, head) that read the same keys: a row of
- * the block list, or, when dense, a run of queries that read them all. */
+ * A tile is a run of queries of one (batch, head) that read the same keys: a row of the
+ * block list, or, when dense, up to 384 queries that read them all. */
 #ifndef LIGHTFORCING_CPU_ATTEND_H
 #define LIGHTFORCING_CPU_ATTEND_H
 
@@ -11,7 +11,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { LF_ATTEND_MAX_DIM = 256, LF_ATTEND_MAX_ROWS = 128 };
+enum { LF_ATTEND_MAX_DIM = 256, LF_ATTEND_MAX_ROWS = 384 };
 
 typedef struct {
     const lf_attend_params *p;
@@ -20,10 +20,11 @@ typedef struct {
     int64_t block_count;
 } lf_attend_tile;
 
-/* One implementation. `work` is 64-byte aligned and holds work_floats(dim) floats; nothing
- * in it outlives a tile. A tile's result depends on its keys alone, not on its neighbours. */
+/* One implementation. `work` is 64-byte aligned and holds work_floats(rows, dim) floats;
+ * nothing in it outlives a tile. A tile's result depends on its keys alone, not on its neighbours.
+ */
 typedef struct {
-    int64_t (*work_floats)(int64_t dim);
+    int64_t (*work_floats)(int64_t rows, int64_t dim);  // for tiles of up to `rows`
     void (*run)(const lf_attend_tile *tile, float *work);
 } lf_attend_engine;
 

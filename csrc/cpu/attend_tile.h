@@ -24,8 +24,7 @@
 
 enum {
     LANES = 2 * VEC,
-    KEY_STEP = 96,  // at D 256 k, v, q and o just fit a 512 kB L2
-    PANELS = (LF_ATTEND_MAX_ROWS + LANES - 1) / LANES,
+    KEY_STEP = 96,  // whole micro-kernels of 6 and 8 rows; at D 256, k and v take half of 512 kB
 };
 
 typedef struct {
@@ -34,8 +33,8 @@ typedef struct {
 } softmax_state;
 
 typedef struct {
-    float *q, *o;          // [PANELS][dim][LANES]
-    softmax_state *state;  // [PANELS]
+    float *q, *o;          // [panels][dim][LANES]
+    softmax_state *state;  // [panels]
     float *s;              // [KEY_STEP][LANES]
     float *k, *v;          // [KEY_STEP][ld]
     int64_t ld;
@@ -44,19 +43,19 @@ typedef struct {
 /* Rows of a buffer that are a power of two apart would share a few L1 sets: one line more. */
 static int64_t leading(int64_t dim) { return dim + 16; }
 
-static int64_t work_floats(int64_t dim)
+static int64_t work_floats(int64_t rows, int64_t dim)
 {
-    return PANELS * (2 * dim * LANES + (int64_t)(sizeof(softmax_state) / sizeof(float))) +
-           KEY_STEP * (LANES + 2 * leading(dim));
+    const int64_t panel = 2 * dim * LANES + (int64_t)(sizeof(softmax_state) / sizeof(float));
+    return lf_ceil_div(rows, LANES) * panel + KEY_STEP * (LANES + 2 * leading(dim));
 }
 
-static workspace divide(float *work, int64_t dim)
+static workspace divide(float *work, int64_t panels, int64_t dim)
 {
     workspace w = {.ld = leading(dim)};
     w.q = work;
-    w.o = w.q + PANELS * dim * LANES;
-    w.state = (softmax_state *)(w.o + PANELS * dim * LANES);
-    w.s = (float *)(w.state + PANELS);
+    w.o = w.q + panels * dim * LANES;
+    w.state = (softmax_state *)(w.o + panels * dim * LANES);
+    w.s = (float *)(w.state + panels);
     w.k = w.s + KEY_STEP * LANES;
     w.v = w.k + KEY_STEP * w.ld;
     return w;
@@ -130,7 +129,7 @@ TILE_FN void load_queries(const lf_attend_tile *tile, const workspace *w)
     const float factor = (float)(p->scale * 1.44269504088896340736);
     float row[LF_ATTEND_MAX_DIM];
 
-    memset(w->q, 0, (size_t)(PANELS * p->dim * LANES) * sizeof *w->q);
+    memset(w->q, 0, (size_t)(lf_ceil_div(tile->rows, LANES) * p->dim * LANES) * sizeof *w->q);
     for (int64_t i = 0; i < tile->rows; i++) {
         float *q = w->q + i / LANES * p->dim * LANES + i % LANES;  // [dim][LANES]
         widen(lf_at(&p->q, p->dtype, tile->b, tile->row + i, tile->h), p->dtype, row, p->dim);
@@ -373,8 +372,8 @@ TILE_FN void step(const lf_attend_tile *tile, const workspace *w, int64_t panel,
 TILE_RUN static void run(const lf_attend_tile *tile, float *work)
 {
     const lf_attend_params *p = tile->p;
-    const workspace w = divide(work, p->dim);
     const int64_t panels = lf_ceil_div(tile->rows, LANES);
+    const workspace w = divide(work, panels, p->dim);
     lf_key_cursor at = lf_first_key(tile);
     key_rows keys[2];
 
