@@ -217,9 +217,10 @@ class Rollout:
         made = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed))
         return made.to(self.size.dtype)
 
-    def run(self, seed=0):
+    def run(self, seed=0, inference_mode=False):
         """Run the checkout's own loop once and return its latents, [1, F, C, h, w]."""
-        with self.checkout.running(), silence(), torch.no_grad():
+        grad = torch.inference_mode() if inference_mode else torch.no_grad()
+        with self.checkout.running(), silence(), grad:
             return self.start(seed)
 
     def start(self, seed=0):

@@ -48,17 +48,17 @@ def restored(model, before):
 
 
 def timed(run):
-    """Return a function's result and the seconds it took."""
-    begin = time.perf_counter()
-    return run(), time.perf_counter() - begin
+    """Return a function's result, and the wall and CPU seconds that it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = run()
+    spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    return result, spent
 
 
 def seconds_by_row(rows, seconds):
-    """Spread the seconds of a first frame over the rows that start there (all of them alike)."""
-    share = {}
-    for row in rows:
-        share[row["first"]] = share.get(row["first"], 0) + 1
-    return [seconds.get(row["first"], 0.0) / share[row["first"]] for row in rows]
+    """Spread the seconds of a (first, query) place over the rows that have it."""
+    places = [(row["first"], row["query"]) for row in rows]
+    return [seconds.get(place, 0.0) / places.count(place) for place in places]
 
 
 def run_case(rollout, presets):
@@ -77,9 +77,9 @@ def run_case(rollout, presets):
         again = rollout.run()
     rows = table(census.calls, variant.chunk)
     for row, spent in zip(rows, seconds_by_row(rows, census.seconds()), strict=True):
-        row["dense_s"] = spent
+        row["dense_cpu_seconds"] = spent
     total = len(census.calls)
-    runs.append({"run": "dense", "seconds": seconds, "calls": total, "sparse": 0})
+    runs.append({"run": "dense", **seconds, "calls": total, "sparse": 0})
     checks.that("dense latents are finite", finite(dense))
     checks.same("dense twice: same latents", again, dense)
     checks.that("every forward calls attention once", all(c.dense for c in census.calls))
@@ -97,7 +97,7 @@ def run_case(rollout, presets):
         runs.append(_preset(rollout, preset, census.calls, dense, rows, checks))
 
     bare, seconds = timed(rollout.run)
-    runs.append({"run": "unpatched", "seconds": seconds, "calls": total, "sparse": 0,
+    runs.append({"run": "unpatched", **seconds, "calls": total, "sparse": 0,
                  "rel_l2": distance(bare, dense)[0]})  # fmt: skip
     wrong = restored(model, before)
     checks.same("unpatched: latents bit-identical to dense", bare, dense)
@@ -126,7 +126,7 @@ def _run(name, seconds, latents, dense, stats):
     near, far = distance(latents, dense)
     return {
         "run": name,
-        "seconds": seconds,
+        **seconds,
         "rel_l2": near,
         "max_abs": far,
         "calls": stats["calls"],
@@ -182,6 +182,6 @@ def _preset(rollout, preset, dense_calls, dense, rows, checks):
         row[preset] = {
             "sparse": sum(f for f, _ in here),
             "density": sum(w for _, w in here) / len(here),
-            "seconds": second,
+            "cpu_seconds": second,
         }
     return run

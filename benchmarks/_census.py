@@ -50,7 +50,7 @@ class Census:
     def __init__(self, model):
         self.layers = self_attentions(model)
         self.calls: list[Call] = []
-        self.ticks: list[tuple[int, float]] = []  # (first frame, time) at each forward of layer 0
+        self.ticks: list[tuple[tuple, float]] = []  # (first, query), CPU time
         self._now = None
 
     def __enter__(self):
@@ -70,7 +70,7 @@ class Census:
             handle.remove()
         for space, original in self._originals:
             space["attention"] = original
-        self.ticks.append((-1, time.perf_counter()))
+        self.ticks.append(((), time.process_time()))
 
     def _entering(self, index, module):
         signature = inspect.signature(type(module).forward)
@@ -86,7 +86,7 @@ class Census:
             self._tokens = tokens
             self.calls.append(self._now)
             if index == 0:
-                self.ticks.append((int(first), time.perf_counter()))
+                self.ticks.append(((int(first), query), time.process_time()))
 
         return hook
 
@@ -101,10 +101,10 @@ class Census:
         return attention
 
     def seconds(self):
-        """Return wall seconds by first frame, everything between attention forwards included."""
-        sums: dict[int, float] = {}
-        for (first, begin), (_, end) in zip(self.ticks, self.ticks[1:], strict=False):
-            sums[first] = sums.get(first, 0.0) + end - begin
+        """Return CPU seconds by (first, query) frames, all between attention calls included."""
+        sums: dict[tuple, float] = {}
+        for (place, begin), (_, end) in zip(self.ticks, self.ticks[1:], strict=False):
+            sums[place] = sums.get(place, 0.0) + end - begin
         return sums
 
 

@@ -90,7 +90,11 @@ def interleaved(rollout, preset="fast"):
     """Two rollouts, with two caches, through one patched model, forward by forward in turn."""
     checks, model = Checks(), rollout.pipeline.generator
     other = _again(rollout, model)
-    dense = rollout.run(1)
+    dense = [rollout.run(1), other.run(2)]
+    if not all(map(torch.equal, dense, Interleaver([rollout, other]).run([1, 2]))):
+        claim = "two rollouts in turn: nothing to compare, the loop keeps state on its model"
+        checks.that(claim, True, "dense and unpatched, they differ from the two alone")
+        return checks
     handle = lf.patch(rollout.pipeline, preset, strict=True)
     alone = [rollout.run(1), other.run(2)]
     sparse = handle.stats()["sparse_calls"]
@@ -103,7 +107,21 @@ def interleaved(rollout, preset="fast"):
     checks.same("two rollouts in turn: the first as alone", together[0], alone[0])
     checks.same("two rollouts in turn: the second as alone", together[1], alone[1])
     handle.unpatch()
-    checks.same("two rollouts in turn: dense after unpatch", rollout.run(1), dense)
+    checks.same("two rollouts in turn: dense after unpatch", rollout.run(1), dense[0])
+    return checks
+
+
+def pooled_anew(rollout, preset="fast"):
+    """Kept means of past keys change nothing: inference tensors have no version, none are kept."""
+    checks, model = Checks(), rollout.pipeline.generator
+    with lf.patched(rollout.pipeline, preset, strict=True) as handle:
+        kept = rollout.run()
+        size = handle.stats()["means_bytes"]
+        handle.reset()
+        anew = _again(rollout, model).run(inference_mode=True)
+        none = handle.stats()["means_bytes"]
+    checks.that("inference mode: no means are kept", none == 0, f"{none} bytes, else {size}")
+    checks.same("inference mode: same latents as with kept means", anew, kept)
     return checks
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from _build import Rollout, fitting  # noqa: E402
 from _case import run_case  # noqa: E402
 from _checkout import Checkout  # noqa: E402
 from _entries import Size, recognise, variants  # noqa: E402
-from _special import copied, interleaved, lora, two_checkouts  # noqa: E402
+from _special import copied, interleaved, lora, pooled_anew, two_checkouts  # noqa: E402
 
 import lightforcing as lf  # noqa: E402
 
@@ -67,12 +68,15 @@ def environment():
         "machine": platform.machine(),
         "torch_threads": torch.get_num_threads(),
         "lightforcing_threads": info.get("threads"),
+        "load_before": round(os.getloadavg()[0], 1),
+        "cores": os.cpu_count(),
     }
 
 
 def special(rollout, with_lora):
     """Run what a patch must survive on one case."""
-    checks = [*interleaved(rollout).rows, *copied(rollout).rows]
+    runs = (interleaved, pooled_anew, copied)
+    checks = [row for run in runs for row in run(rollout).rows]
     if with_lora:
         found = lora(rollout)
         checks += found.rows if found else []
@@ -118,17 +122,17 @@ def show(result, presets):
     print(f"\n-- {r['entry']}: {r['variant']}\n   {r['model']}, {r['layers']} layers, {r['heads']} "
           f"heads of {r['head_dim']}, {r['dtype']}, {r['frame_tokens']} tokens a frame, "
           f"{r['frames']} frames")  # fmt: skip
-    head = f"   {'chunk':>5} {'first':>5} {'q':>3} {'K':>3} {'calls':>5} {'dense s':>8}"
-    print(head + "".join(f" | {p + ' sparse':>15} {'density':>7} {'s':>6}" for p in presets))
+    head = f"   {'chunk':>5} {'first':>5} {'q':>3} {'K':>3} {'calls':>5} {'dense':>8}"
+    print(head + "".join(f" | {p + ' sparse':>15} {'density':>7} {'cpu s':>6}" for p in presets))
     for row in r["chunks"]:
         line = f"   {row['chunk']:>5} {row['first']:>5} {row['query']:>3} {row['keys']:>3} "
-        line += f"{row['calls']:>5} {row['dense_s']:>8.2f}"
+        line += f"{row['calls']:>5} {row['dense_cpu_seconds']:>8.2f}"
         for p in presets:
             cell = row[p]
-            line += f" | {cell['sparse']:>15} {cell['density']:>7.3f} {cell['seconds']:>6.2f}"
+            line += f" | {cell['sparse']:>15} {cell['density']:>7.3f} {cell['cpu_seconds']:>6.2f}"
         print(line)
-    print(f"   {'run':<12} {'seconds':>8} {'rel L2':>9} {'calls':>5} {'sparse':>6} {'expected':>8} "
-          f"{'density':>7}  dense calls by reason")  # fmt: skip
+    print(f"   {'run':<12} {'seconds':>8} {'cpu s':>6} {'rel L2':>9} {'calls':>5} {'sparse':>6} "
+          f"{'expected':>8} {'density':>7}  dense calls by reason")  # fmt: skip
     for run in r["runs"]:
         near, density = run.get("rel_l2"), run.get("density")
         near = "-" if near is None else f"{near:.2e}"
@@ -136,7 +140,7 @@ def show(result, presets):
         raised = run.get("keep_frames")
         if raised:
             reasons += f"; keep_frames raised, by chunk: {raised}"
-        print(f"   {run['run']:<12} {run['seconds']:>8.2f} {near:>9} "
+        print(f"   {run['run']:<12} {run['seconds']:>8.2f} {run['cpu_seconds']:>6.2f} {near:>9} "
               f"{run['calls']:>5} {run['sparse']:>6} {run.get('expected', 0):>8} "
               f"{1 if density is None else density:>7.3f}  {reasons}")  # fmt: skip
     failed = [c for c in r["checks"] if not c["holds"]]
