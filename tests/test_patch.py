@@ -630,3 +630,37 @@ def test_peft_before_and_after():
         assert handle.stats()["sparse_calls"] == 24
         handle.unpatch()
     assert torch.equal(ar.rollout(after.base_model.model), dense)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_torch_compile_before_and_after(compiled_first):
+    model = ar.make(layers=1)
+    with lf.patched(model, "fast", **SMALL):
+        sparse = ar.rollout(model, 3, steps=1)
+    if compiled_first:
+        model.compile(backend="eager")
+        ar.rollout(model, 2, steps=1)
+    with lf.patched(model, "fast", **SMALL) as handle:
+        if not compiled_first:
+            model.compile(backend="eager")
+        assert torch.equal(ar.rollout(model, 3, steps=1), sparse)
+        assert handle.stats()["sparse_calls"] == 4 and handle.stats()["calls"] == 6
+
+
+def test_layers_taken_over_leave_the_old_handle_nothing():
+    a, b, original = ar.make(), ar.make(seed=1), ar.attention
+    first, second = lf.patch(a, **SMALL), lf.patch(b, **SMALL)
+    assert lf.patch([a, b], **SMALL) is first
+    first.unpatch()
+    assert ar.attention is original and not second.active
+
+
+def test_layers_left_with_the_old_handle_stay_patched():
+    a, b = ar.make(), ar.make(seed=1)
+    first, second = lf.patch(a, **SMALL), lf.patch(b, "fast", **SMALL)
+    assert lf.patch([a, b.blocks[0]], **SMALL) is first
+    first.unpatch()
+    ar.rollout(b, 2)
+    assert second.stats()["sparse_calls"] == 3  # its second layer
+    second.unpatch()
