@@ -3,8 +3,8 @@
     import lightforcing
     lightforcing.patch(model)
 
-Importing needs NumPy only and costs milliseconds; ``patch`` and its companions are loaded, torch with
-them, when first used.
+Importing needs NumPy only; ``patch`` and its companions are loaded when first used, and torch with
+them.
 """
 
 from ._version import __version__
