@@ -13,7 +13,6 @@ from _checkout import Checkout, Settings
 from _entries import (
     FULL_FRAME,
     SCENE_CUT,
-    TEXT_LEN,
     Entry,
     OnCpu,
     Size,
@@ -36,7 +35,7 @@ def random_weights(cls, size: Size, channels, kwargs):
         ffn_dim=2 * size.dim,
         freq_dim=64,
         text_dim=size.text,
-        text_len=TEXT_LEN,
+        text_len=size.text_len,
         in_dim=channels,
         out_dim=channels,
         num_heads=size.heads,
@@ -140,7 +139,7 @@ class Rollout:
 
     def _create(self, module, generator):
         size = self.size
-        encoder, vae = TextEncoder(size.text, size.dtype), Vae()
+        encoder, vae = TextEncoder(size.text, size.dtype, size.text_len), Vae()
         cls = getattr(module, self.entry.name)
         wrapper = getattr(module, "WanDiffusionWrapper", None)
         accepts = set(inspect.signature(wrapper.__init__).parameters) if wrapper else set()

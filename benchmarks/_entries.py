@@ -23,7 +23,6 @@ from _checkout import Checkout
 
 SKIP = {"trainer", "train.py", "scripts", "tests", "demo.py", "app.py", "release_server.py"}
 FULL_FRAME = (60, 104)  # latent height and width of a released frame, 1560 tokens
-TEXT_LEN = 64  # tokens of a prompt; 512 in the released models
 SCENE_CUT = "The scene transitions. "
 
 
@@ -49,12 +48,13 @@ class Size:
     layers: int = 2
     dim: int = 256
     heads: int = 2
-    height: int = 12
-    width: int = 20
+    height: int = 16
+    width: int = 26
     chunks: int = 7
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     text: int = 64  # channels of a prompt embedding (4096 in the released models)
+    text_len: int = 512
 
     @property
     def frame_tokens(self):
@@ -192,20 +192,18 @@ def silence():
 
 
 class TextEncoder(torch.nn.Module):
-    """Stand-in: an embedding drawn from the prompt's hash, [B, TEXT_LEN, C]."""
+    """Stand-in: an embedding drawn from the prompt's hash, [B, length, C]."""
 
-    def __init__(self, channels, dtype):
+    def __init__(self, channels, dtype, length=512):
         super().__init__()
-        self.channels, self.kind = channels, dtype
+        self.shape, self.kind = (length, channels), dtype
 
     def forward(self, text_prompts):
         """Return the conditioning dict for a list of prompts."""
         made = []
         for prompt in text_prompts:
             seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
-            made.append(
-                torch.randn(TEXT_LEN, self.channels, generator=torch.Generator().manual_seed(seed))
-            )
+            made.append(torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)))
         return {"prompt_embeds": torch.stack(made).to(self.kind)}
 
 

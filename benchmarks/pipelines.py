@@ -43,8 +43,8 @@ def arguments(argv):
     p.add_argument("--layers", type=int, default=2)
     p.add_argument("--dim", type=int, default=256)
     p.add_argument("--heads", type=int, default=2)
-    p.add_argument("--height", type=int, default=12, help="of the latents; a frame is h*w/4 tokens")
-    p.add_argument("--width", type=int, default=20)
+    p.add_argument("--height", type=int, default=16, help="of the latents; a frame is h*w/4 tokens")
+    p.add_argument("--width", type=int, default=26)
     p.add_argument("--chunks", type=int, default=7)
     p.add_argument("--dtype", choices=DTYPES, default="bf16")
     p.add_argument(
@@ -157,8 +157,9 @@ def main(argv=None):
     if options.threads:
         torch.set_num_threads(options.threads)
         lf.set_num_threads(options.threads)
-    size = Size(options.layers, options.dim, options.heads, options.height, options.width,
-                options.chunks, DTYPES[options.dtype])  # fmt: skip
+    names = ("layers", "dim", "heads", "height", "width", "chunks")
+    dtype = DTYPES[options.dtype]
+    size = Size(**{n: getattr(options, n) for n in names}, dtype=dtype, text_len=64)
     facts = environment()
     print(", ".join(f"{k} {v}" for k, v in facts.items()))
     checkouts, rollouts, extra = [], [], []
