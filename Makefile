@@ -15,6 +15,8 @@ build: $(BUILT)
 demo: build                  ## a causal video model, dense and sparse from one noise; pictures in demo/
 	$(PY) -m lightforcing demo
 
+# Idle OpenMP threads sleep: spinning ones starve the others when tests share few cores.
+test: export OMP_WAIT_POLICY = passive
 test: lint                   ## lint, every test, the README's code and the notebooks
 	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=300
 

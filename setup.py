@@ -64,6 +64,7 @@ class BuildCore(build_ext):
         nvcc = find_nvcc()
         if nvcc and CUDA:
             ext.extra_objects = self.compile_cuda(nvcc)
+            ext.depends = [*ext.depends, *ext.extra_objects]  # relinked when one changes
             ext.library_dirs.append(cudart_folder(nvcc))
             ext.libraries += ["cudart_static", "dl", "rt", "pthread", "stdc++"]
             ext.define_macros.append(("LF_CUDA_BUILT", "1"))

@@ -3,13 +3,13 @@
     import lightforcing
     lightforcing.patch(model)
 
-Importing needs NumPy only; ``patch`` and its companions need torch and load it when first used.
+Importing needs NumPy only; ``patch`` and its companions are loaded when first used, and torch with
+them.
 """
 
 from ._version import __version__
 from .blocks import BlockList
 from .build import info, warmup
-from .config import PRESETS, Config
 from .ops import (
     attention,
     block_sparse_attention,
@@ -20,8 +20,21 @@ from .ops import (
 )
 from .schedule import Schedule, cag_schedule
 
-_NEED_TORCH = {"patch", "patched", "dense", "Handle", "handle_of", "register_adapter"}
-_NEED_TORCH |= {"Adapter", "Call", "StrictError"}
+# Loaded when first asked for: from .config (no torch), from .patching (torch).
+_LATER = dict.fromkeys(("Config", "PRESETS"), ".config") | dict.fromkeys(
+    (
+        "Adapter",
+        "Call",
+        "Handle",
+        "StrictError",
+        "dense",
+        "handle_of",
+        "patch",
+        "patched",
+        "register_adapter",
+    ),
+    ".patching",
+)
 
 __all__ = [
     "PRESETS",
@@ -51,11 +64,15 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """The names that need torch, from ``lightforcing.patching`` when first asked for."""
-    if name in _NEED_TORCH:
+    """The names that are loaded late."""
+    if name in _LATER:
         import importlib
 
-        module = importlib.import_module(".patching", __name__)
-        globals().update({known: getattr(module, known) for known in _NEED_TORCH})
+        globals()[name] = getattr(importlib.import_module(_LATER[name], __name__), name)
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, also those not loaded yet."""
+    return sorted({*globals(), *__all__})

@@ -124,7 +124,7 @@ class GlobalAttention(Adapter):
             failed.append("it has no num_heads")
         if "kv_cache" not in parameters(class_forward(cls)):
             failed.append("its forward has no parameter kv_cache")
-        if not _calls_global(cls, self.function):
+        if not callers(cls, self.function):
             failed.append(f"it calls no global function {self.function}")
         return failed
 
@@ -148,12 +148,14 @@ class GlobalAttention(Adapter):
         )
 
     def install(self, layer, user):
-        """Replace the name in the namespace that the class's forward looks it up in."""
-        hook.intercept(class_forward(type(layer)).__globals__, self.function, user)
+        """Replace the name in the namespaces that the class's methods look it up in."""
+        for method in callers(type(layer), self.function):
+            hook.intercept(method.__globals__, self.function, user)
 
     def remove(self, layer, user):
         """Restore the name when nobody else uses it."""
-        hook.release(class_forward(type(layer)).__globals__, self.function, user)
+        for method in callers(type(layer), self.function):
+            hook.release(method.__globals__, self.function, user)
 
 
 def _frame_tokens(arguments):
@@ -205,26 +207,19 @@ def bind(module, args, kwargs):
 
 
 @functools.cache
-def _calls_global(cls, name):
-    """Does a method of ``cls`` look up a global ``name`` that its forward's file defines?"""
-    forward = class_forward(cls)
-    namespace = getattr(forward, "__globals__", None)
-    if namespace is None or not callable(namespace.get(name)):
-        return False
-    methods = [inspect.unwrap(m) for c in cls.__mro__ for m in vars(c).values() if _is_function(m)]
-    codes = [m.__code__ for m in methods if getattr(m, "__globals__", None) is namespace]
-    while codes:
-        code = codes.pop()
-        if name in code.co_names and any(
-            i.opname == "LOAD_GLOBAL" and i.argval == name for i in dis.get_instructions(code)
-        ):
-            return True
-        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return False
+def callers(cls, name):
+    """The methods of ``cls`` and its bases that call a global function ``name`` of their file."""
+    methods = [m for c in cls.__mro__ for m in vars(c).values() if callable(m)]
+    methods = [m for m in map(inspect.unwrap, methods) if isinstance(m, types.FunctionType)]
+    return [m for m in methods if callable(m.__globals__.get(name)) and _loads(m.__code__, name)]
 
 
-def _is_function(member):
-    return isinstance(inspect.unwrap(member) if callable(member) else member, types.FunctionType)
+def _loads(code, name):
+    if name in code.co_names and any(
+        i.opname == "LOAD_GLOBAL" and i.argval == name for i in dis.get_instructions(code)
+    ):
+        return True
+    return any(_loads(c, name) for c in code.co_consts if isinstance(c, types.CodeType))
 
 
 # ---- where modules hide --------------------------------------------------------------------

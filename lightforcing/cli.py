@@ -109,7 +109,7 @@ def demo(options) -> int:
         need(module, "viz", "demo")
     from . import demo as film
 
-    result = film.run(options)
+    result = film.run(options, settings(options))
     show(options, result, film.summary(result))
     return 0
 
@@ -118,7 +118,12 @@ def bench(options) -> int:
     """Time dense and sparse attention on this CPU."""
     from . import bench as clock
 
-    result = clock.run(options)
+    result = clock.run(
+        settings(options),
+        frame_tokens=options.frame_tokens,
+        seconds=options.seconds,
+        threads=options.threads,
+    )
     show(options, result, clock.text(result))
     return 0
 
@@ -132,6 +137,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
     return value
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """An argument such as 44x80."""
+    rows, cross, columns = text.partition("x")
+    if not (cross and rows.isdigit() and columns.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected rows x columns such as 44x80, got {text}")
+    return int(rows), int(columns)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,9 +198,17 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="of the weights and the noise")
     command.add_argument("--out", default="demo", metavar="FOLDER", help="default: ./demo")
-    command.add_argument("--small", action="store_true", help="a quarter of the tokens, seconds")
+    command.add_argument(
+        "--size",
+        type=frame_size,
+        default=(44, 80),
+        metavar="HxW",
+        help="latent frame; default: 44x80",
+    )
 
     command = add("bench", bench)
+    add_plan(command)
+    command.add_argument("--frame-tokens", type=positive, default=1560, help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=30, help="budget; default: %(default)s")
     command.add_argument("--threads", type=positive, help="default: OpenMP's own choice")
     return top

@@ -12,9 +12,7 @@ import platform
 import sys
 
 import lightforcing as lf
-from lightforcing import _core
 
-ISAS = ("scalar", "vector", "avx2", "avx512")  # slowest first
 # The static CUDA runtime inside the build decides which drivers can load it.
 DRIVER_FLOOR = {12: "525", 13: "580"}
 REBUILD = "to build it: `pip install .` in a checkout with nvcc on PATH"
@@ -32,25 +30,11 @@ def facts() -> dict:
     """``lf.info()`` with what surrounds it: Python, packages, variables."""
     return {
         **lf.info(),
-        "isas": available_isas(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "torch": version("torch"),
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("LIGHTFORCING_")},
     }
-
-
-def available_isas() -> list[str]:
-    """The instruction sets that this processor and this build have, slowest first."""
-    before, found = _core.isa(), []
-    for name in ISAS:
-        try:
-            _core.force_isa(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _core.force_isa(before)
-    return found
 
 
 def said(value) -> str:
@@ -73,7 +57,7 @@ def checks() -> list[dict]:
     """Every finding, most basic first."""
     return [
         check("python", "ok", f"{platform.python_version()} at {sys.executable}"),
-        check("build", "ok", f"lightforcing {lf.__version__}, {_core.__file__}"),
+        check("build", "ok", f"lightforcing {lf.__version__}, {lf.info()['binary']}"),
         processor(),
         arithmetic(),
         cuda(),
@@ -86,7 +70,7 @@ def checks() -> list[dict]:
 def processor() -> dict:
     """Which CPU kernels run."""
     facts = lf.info()
-    found = f"{facts['isa']} (has {' '.join(available_isas())}), {facts['threads']} threads"
+    found = f"{facts['isa']} (has {' '.join(facts['isas'])}), {facts['threads']} threads"
     if facts["isa"] == "scalar":
         return check("cpu", "ok", found, "no SIMD kernel for this processor: correct but slow")
     return check("cpu", "ok", found)

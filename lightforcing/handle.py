@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -24,12 +25,13 @@ class Handle:
     ``print(handle)`` is the report. Leaving the ``with`` block unpatches.
     """
 
+    traced = True  # may torch.compile look into the methods below? See keep_untraced()
+
     def __init__(self, config, adapter):
         """Made by :func:`lightforcing.patch`."""
         self.config = config
         self.adapter = adapter
         self.frames_per_chunk = None  # as the model last said
-        self.shortest_query = None  # frames, of the calls with a cache
         self.depth = 0  # layers, as numbered
         self.facts = {}  # frame_tokens, window, class name: as the last call said
         self._start()
@@ -38,7 +40,6 @@ class Handle:
         self._hooks = []  # weak: a hook and its layer never outlive the model
         self._owners = []  # weak: modules that may say num_frame_per_block
         self._lock = threading.RLock()
-        self._warned = set()
         self._clear()
 
     def _clear(self):
@@ -46,10 +47,12 @@ class Handle:
         self._means = defaultdict(KeyMeans)  # by layer
         self._steps = defaultdict(OrderedDict)  # by layer: cache -> [first frame, calls before]
         self._schedules = {}
+        self._warned = set()
+        self.shortest_query = None  # frames, of the calls with a cache
 
     def __getstate__(self):
         """A copy keeps the settings; hooks register again, counts and caches start afresh."""
-        kept = ("config", "adapter", "depth", "frames_per_chunk", "shortest_query", "facts")
+        kept = ("config", "adapter", "depth", "frames_per_chunk", "facts")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state):
@@ -77,16 +80,20 @@ class Handle:
             self._hooks.append(weakref.ref(hooked))
 
     def take(self, layers, target):
-        """Patch ``layers``; those that have a hook already change over to this handle."""
-        new = any(getattr(hook.hook_of(x), "handle", None) is not self for x in layers)
+        """Patch ``layers``; those that another handle patched change over to this one."""
+        before = [hook.hook_of(layer) for layer in layers]
+        owners = [None if h is None else h.handle for h in before]
+        new = any(owner is not self for owner in owners)
         if new:
             self.depth = len(layers)
         for index, layer in enumerate(layers):
-            known = hook.hook_of(layer)
-            hooked = hook.attach(layer, self, index if new else known.layer)
+            hooked = hook.attach(layer, self, index if new else before[index].layer)
             self.adopt(hooked)
             self.adapter.install(layer, self)
             hooked.intercepted = True
+        for layer, owner in zip(layers, owners, strict=True):
+            if owner not in (None, self) and not owner.active:
+                owner.adapter.remove(layer, owner)
         owners = [m for m in adapters.modules_of(target) if hasattr(m, "num_frame_per_block")]
         self._owners = [weakref.ref(m) for m in owners]
         self._read_chunk()
@@ -113,9 +120,8 @@ class Handle:
         self.unpatch()
 
     def reset(self):
-        """Forget statistics, cached means, step counts and solved schedules."""
+        """Forget statistics, cached means, step counts, warnings and solved schedules."""
         with self._lock:
-            self._warned.clear()
             self._clear()
 
     # ---- one forward of one layer, called by hook.Hook ------------------------------------
@@ -131,11 +137,11 @@ class Handle:
             visit.reason = call
             return visit
         visit.call = call
-        call.frame_tokens = call.frame_tokens or self.config.frame_tokens
-        if call.frame_tokens is None:
+        visit.frame_tokens = call.frame_tokens or self.config.frame_tokens
+        if visit.frame_tokens is None:
             visit.reason = reasons.NO_GRID
             return visit
-        visit.first_frame = call.start // call.frame_tokens
+        visit.first_frame = call.start // visit.frame_tokens
         visit.step = self._step(hooked.layer, call)
         if call.keys is not None and not call.keys.is_inference():
             visit.keys, visit.version = call.keys, call.keys._version
@@ -228,7 +234,7 @@ class Handle:
         """Where the call is in the video, in whole frames; None if that is not known."""
         if visit.first_frame is None or not (_is_blhd(q) and _is_blhd(k)):
             return None
-        tokens, lq, lk = visit.call.frame_tokens, q.shape[1], k.shape[1]
+        tokens, lq, lk = visit.frame_tokens, q.shape[1], k.shape[1]
         if lq % tokens or lk % tokens or not 0 < lq <= lk:
             return None
         query = lq // tokens
@@ -269,8 +275,7 @@ class Handle:
         if unsupported is not None:
             return unsupported
         if place is None:
-            tokens = visit.call.frame_tokens
-            return f"{q.shape[1]} x {k.shape[1]} tokens, not whole frames of {tokens}, query last"
+            return reasons.not_frames(q.shape[1], k.shape[1], visit.frame_tokens)
         return self._plan(visit, place)
 
     def _plan(self, visit, place):
@@ -396,6 +401,23 @@ class Handle:
         if reason not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(reason)
             logger.warning("%s: dense because of %s (said once)", _where(layer, chunk), reason)
+
+
+def keep_untraced():
+    """Keep torch.compile, once it is loaded, out of the bookkeeping: a graph break each.
+
+    Addresses, versions and counts are no graph: tracing them is right, but took 40 s for four
+    chunks of a one-layer model. Loading dynamo takes seconds, so a process without it is left
+    alone, and Hook asks again.
+    """
+    if Handle.traced and "torch._dynamo" in sys.modules:
+        Handle.traced = False
+        for name in ("enter", "leave", "attend"):
+            setattr(Handle, name, torch.compiler.disable(getattr(Handle, name)))
+
+
+keep_untraced._torchdynamo_disable = True  # what torch.compiler.disable sets, without loading it
+Handle.keep_untraced = staticmethod(keep_untraced)
 
 
 @dataclass(slots=True)

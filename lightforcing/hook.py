@@ -25,7 +25,7 @@ _lock = threading.RLock()
 class Visit:
     """One forward of one layer, from entry to exit; lives on the stack only."""
 
-    __slots__ = ("hook", "call", "reason", "first_frame", "step", "calls",
+    __slots__ = ("hook", "call", "reason", "frame_tokens", "first_frame", "step", "calls",
                  "keys", "version", "seen", "entry")  # fmt: skip
 
     def __init__(self, hook):
@@ -33,6 +33,7 @@ class Visit:
         self.hook = hook
         self.call = None  # adapters.Call, or None with a reason
         self.reason = None  # why the forward stays dense, known before the attention call
+        self.frame_tokens = None
         self.first_frame = None  # of the query, counted over the video
         self.step = 0  # forwards of this layer for this first frame of this cache before
         self.calls = 0  # attention calls made
@@ -62,6 +63,8 @@ class Hook:
         handle = self.handle
         if handle is None:
             return self.__wrapped__(*args, **kwargs)
+        if handle.traced:
+            handle.keep_untraced()
         visit = handle.enter(self, args, kwargs)
         outer, local.visit = local.visit, visit
         try:

@@ -24,8 +24,9 @@ __all__ = ["Adapter", "Call", "Config", "Handle", "StrictError", "dense", "handl
 def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False, **overrides):
     """Make the causal self-attention of a model block-sparse, in place.
 
-    Patch before ``torch.compile``. Patching again updates the settings and returns the same
-    handle. Training forwards, and calls the kernels cannot take, stay dense.
+    Patching again updates the settings and returns the same handle. Training forwards, and
+    calls the kernels cannot take, stay dense. ``torch.compile`` works, before or after, with
+    graph breaks around every attention call (so not with ``fullgraph=True``).
 
     Args:
         target: a model, or a pipeline that holds one; wrappers are looked through.
@@ -58,8 +59,11 @@ def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False
     adapter, layers = adapters.find(target)
     _check_devices(layers)
     warmup()
-    owners = [hook.hook_of(layer) for layer in layers]
-    handle = next((h.handle for h in owners if h is not None and h.handle is not None), None)
+    hooks = [hook.hook_of(layer) for layer in layers]
+    handle = next((h.handle for h in hooks if h is not None and h.handle is not None), None)
+    if handle is not None and type(handle.adapter) is not type(adapter):
+        handle.unpatch()  # patched before this adapter was registered
+        handle = None
     if handle is None:
         handle = Handle(config, adapter)
     handle.take(layers, target)

@@ -19,26 +19,27 @@ GAP = 12
 class Palette:
     """Latent channels to RGB, fitted to one video so that others can be shown the same way.
 
-    The projection is a seeded orthonormal 16 x 3 matrix. Colours are centred on the fitted
-    video's mean and stretched so that its 1st and 99th percentile fill the range.
+    The projection is a seeded orthonormal 16 x 3 matrix. Every frame's colours are centred on the
+    median of the fitted video's same frame and stretched so that the 1st and 99th percentile of
+    the whole fitted video fill the range.
     """
 
     def __init__(self, latents: np.ndarray) -> None:
-        """Fit the offset and the stretch to ``[F, C, h, w]`` latents."""
+        """Fit the offsets and the stretch to ``[F, C, h, w]`` latents."""
         channels = latents.shape[1]
         square = np.random.default_rng(3).standard_normal((channels, channels))
         self.mix = np.linalg.qr(square)[0][:, :3]
         mixed = self._mixed(latents)
-        self.middle = np.median(mixed, axis=(0, 1, 2))
+        self.middle = np.median(mixed, axis=(1, 2), keepdims=True)  # [F, 1, 1, 3]
         low, high = np.percentile(mixed - self.middle, (1, 99))
         self.reach = max(high, -low, 1e-6)
-        self.spread = max(float(latents.std(axis=(0, 2, 3), dtype=np.float64).mean()), 1e-6)
+        self.spread = max(float(latents.std(axis=(2, 3), dtype=np.float64).mean()), 1e-6)
 
     def _mixed(self, latents):
         return np.einsum("fchw,cr->fhwr", latents.astype(np.float64), self.mix)
 
     def frames(self, latents: np.ndarray) -> np.ndarray:
-        """``[F, C, h, w]`` latents as ``[F, h, w, 3]`` uint8."""
+        """``[F, C, h, w]`` latents, F as fitted, as ``[F, h, w, 3]`` uint8."""
         unit = (self._mixed(latents) - self.middle) / self.reach
         return np.round(np.clip(0.5 + 0.5 * unit, 0, 1) * 255).astype(np.uint8)
 
@@ -46,7 +47,7 @@ class Palette:
         """Distance of two videos at every latent pixel, ``[F, h, w, 3]`` grey.
 
         White where they agree; black where the root mean square over the channels reaches the
-        fitted video's own spread, as between two pixels that have nothing to do with each other.
+        spread of the fitted video within its frames (standard deviation, mean over channels).
         """
         distance = np.sqrt(np.mean((a.astype(np.float64) - b) ** 2, axis=1))
         grey = 1 - np.clip(distance / self.spread, 0, 1)
@@ -59,9 +60,12 @@ def font(size: int):
 
 
 def enlarge(frame: np.ndarray, scale: int) -> Image.Image:
-    """A frame ``scale`` times as large; every latent pixel stays a visible square."""
+    """A frame ``scale`` times as large, with a thin border: a white one stays visible."""
     picture = Image.fromarray(frame)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
+    size = (0, 0, picture.width - 1, picture.height - 1)
+    ImageDraw.Draw(picture).rectangle(size, outline=(200, 200, 205))
+    return picture
 
 
 def write(draw, xy, text: str, *, size: int = 16, colour=INK, anchor: str = "lt") -> None:

@@ -94,6 +94,13 @@ def unsupported(q, k, v):
     return None
 
 
+def not_frames(q_len, k_len, frame_tokens):
+    """Why these lengths are not a chunk at the end of whole frames."""
+    if q_len % frame_tokens or k_len % frame_tokens:
+        return f"{q_len} query and {k_len} key tokens that are not whole frames of {frame_tokens}"
+    return f"fewer keys ({k_len}) than queries ({q_len})"
+
+
 @functools.cache
 def cuda_kernels():
     """Has this build attention kernels for CUDA?"""

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-# A mass below this is nothing in float32 (a few subnormals times 128 rows).
-FLOAT32_FLOOR = 1e-36
+# exp() of less is 0 in every backend; a mass below the floor (128 such rows) is noise.
+FLOAT32_LOG = -87.0
+FLOAT32_FLOOR = 1e-35
 
 
 def as_float64(x) -> np.ndarray:
@@ -156,7 +157,8 @@ def block_scores(
     ``p_a = softmax_b(scale <q_a, k_b> + log n_b)`` over all resident b, and
     ``score = sum_a n_a sum_{b in j} p_ab``.
     lse (ours): ``log sum_{a in r, b in j} n_a n_b exp(scale <q_a, k_b>)``.
-    A NaN logit takes no part in a softmax; its key block scores NaN.
+    A NaN logit takes no part in a softmax; its key block scores NaN. A p below exp(-87) of
+    its row's largest is 0.
 
     Returns:
         scores and tolerances, both ``[B, H, R, J]``. Two scores closer than the tolerance
@@ -197,7 +199,8 @@ def block_scores(
             tolerance = np.full_like(scores, tolerance)
         else:
             top = logits.max(axis=-1, keepdims=True)
-            p = np.exp(logits - np.where(np.isfinite(top), top, 0))
+            logits -= np.where(np.isfinite(top), top, 0)
+            p = np.where(logits < FLOAT32_LOG, 0, np.exp(logits))
             p /= p.sum(axis=-1, keepdims=True)
             scores = _reduce_pairs(p * n_a[:, None], rows, columns, np.add)
             tolerance = np.maximum(tolerance * scores, FLOAT32_FLOOR)
@@ -372,10 +375,10 @@ def attention(q, k, v, mask=None, *, scale=None) -> tuple[np.ndarray, np.ndarray
     Returns:
         ``out [B, Lq, H, D]`` and ``lse [B, H, Lq]``, float64.
     """
-    q, k, v = as_float64(q), as_float64(k), as_float64(v)
+    q, k, v = (as_float64(x).transpose(0, 2, 1, 3) for x in (q, k, v))  # [B, H, L, D]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with np.errstate(all="ignore"):
-        logits = scale * np.einsum("blhd,bmhd->bhlm", q, k)
+        logits = scale * (q @ k.swapaxes(2, 3))
         if mask is not None:
             logits = np.where(mask, logits, -np.inf)
         top = logits.max(axis=-1, keepdims=True)
@@ -384,9 +387,10 @@ def attention(q, k, v, mask=None, *, scale=None) -> tuple[np.ndarray, np.ndarray
         total = p.sum(axis=-1, keepdims=True)
         lse = (np.log(total) + top)[..., 0]
         p = np.where(total == 0, 0, p / total)
-    out = np.empty(q.shape)
-    for b, h, i in np.ndindex(p.shape[:3]):
-        # Only kept keys: one outside the list adds nothing, even if its value is NaN.
-        keys = slice(None) if mask is None else mask[b, h, i]
-        out[b, i, h] = p[b, h, i, keys] @ v[b, keys, h]
-    return out, lse
+        out = p @ v
+    if mask is not None and not np.isfinite(v).all():
+        # A key outside the list adds nothing, even if its value is NaN: row by row.
+        for b, h, i in np.ndindex(p.shape[:3]):
+            keys = mask[b, h, i]
+            out[b, h, i] = p[b, h, i, keys] @ v[b, h, keys]
+    return out.transpose(0, 2, 1, 3), lse

@@ -17,8 +17,6 @@ import numpy as np
 import lightforcing as lf
 from lightforcing import _core, reference
 
-from .doctor import available_isas
-
 EPS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a unit: rounding
 
 
@@ -244,9 +242,8 @@ def run(*, seconds: float = 20, seed: int = 0, report: Callable | None = None) -
         error as a share of what is allowed.
     """
     rows = []
-    isas = available_isas()
+    isas = lf.info()["isas"]
     bfloat16_or_none()  # importing torch takes seconds: not on the first check's time
-    start = _core.isa()
     share = seconds / (len(isas) * len(CHECKS))
     try:
         for isa in isas:
@@ -257,7 +254,7 @@ def run(*, seconds: float = 20, seed: int = 0, report: Callable | None = None) -
                 if report:
                     report(row)
     finally:
-        _core.force_isa(start)
+        _core.force_isa("best")
     return rows
 
 

@@ -1,12 +1,21 @@
 """Hypothesis profiles, the processor's instruction sets, and the count of generated cases."""
 
+import os
 from pathlib import Path
 
-import cases
-import hypothesis
-import pytest
+# Thousands of tiny calls: threads that spin for each other cost twenty times the work on a
+# busy machine. Read when NumPy and OpenMP load, so before any import of them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from lightforcing import _core
+import cases  # noqa: E402
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from lightforcing import _core  # noqa: E402
+
+torch.set_num_threads(1)
 
 # `ci` is the same on every machine and every run; `explore` (--hypothesis-profile=explore)
 # looks for new cases.

@@ -90,6 +90,7 @@ def test_density_weighs_short_blocks_and_rows():
     assert made.density == pytest.approx((32 * 20 + 8 * 4) / (40 * 40))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_agrees():
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -7,7 +7,6 @@ import ast
 import os
 import re
 import shutil
-import statistics
 import struct
 import subprocess
 import sys
@@ -50,23 +49,25 @@ def offenders(pattern, *suffixes, but=()):
 
 def tracked_text():
     """Every text file that belongs to the project."""
-    skip = {".git", ".venv", "build", "dist", "__pycache__", "demo", ".hypothesis"}
+    kinds = {
+        *C_FILES,
+        ".py",
+        ".pyi",
+        ".md",
+        ".toml",
+        ".ipynb",
+        ".json",
+        ".patch",
+        ".txt",
+        ".sh",
+        "",
+    }
+    made = re.compile(
+        r"(^|/)(\.(?!ci/|clang-format|gitignore)|build/|dist/|demo/|__pycache__/)|egg-info"
+    )
     for path in sorted(ROOT.rglob("*")):
-        relative = path.relative_to(ROOT)
-        if skip.isdisjoint(relative.parts) and not re.search(r"egg-info|_cache", str(relative)):
-            if path.is_file() and path.suffix in {
-                *C_FILES,
-                ".py",
-                ".pyi",
-                ".md",
-                ".toml",
-                ".ipynb",
-                ".json",
-                ".patch",
-                ".txt",
-                ".sh",
-                "",
-            }:
+        if path.suffix in kinds and not made.search(path.relative_to(ROOT).as_posix()):
+            if path.is_file():
                 yield path
 
 
@@ -276,22 +277,21 @@ def test_the_module_exports_only_its_entry():
         assert names == {"PyInit__core"}
 
 
-def _milliseconds(statement, before="pass"):
+def _import_milliseconds():
+    """Processor time of `import lightforcing` after NumPy, in a fresh interpreter."""
     program = (
-        f"import time\n{before}\nstart = time.perf_counter()\n{statement}\n"
-        "print((time.perf_counter() - start) * 1e3)"
+        "import time, numpy; start = time.process_time(); import lightforcing\n"
+        "print((time.process_time() - start) * 1e3)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return float(done.stdout)
+    command = [sys.executable, "-c", program]
+    return float(subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout)
 
 
 def test_import_costs_little_beyond_numpy():
-    costs = [_milliseconds("import lightforcing", "import numpy") for _ in range(7)]
-    # The least is the cost; the rest is what else the machine did.
-    assert min(costs) <= 20 * (20 if SANITIZED else 1), costs
-    assert statistics.median(costs) <= 60 * (20 if SANITIZED else 1), costs
+    _import_milliseconds()  # writes the byte code
+    costs = [_import_milliseconds() for _ in range(9)]
+    # The least is what it costs; the rest is what else the machine did.
+    assert min(costs) <= 20 * (10 if SANITIZED else 1), costs
 
 
 def test_import_brings_no_torch():

@@ -216,13 +216,15 @@ def test_cache_rejects_in_words(changes, frames, start, message):
 
 
 def test_a_rolled_cache_does_not_go_back_behind_the_gap():
-    model = build(BLIND, window_frames=4, sink_frames=1)
-    cache = model.new_cache(4, HEIGHT, WIDTH)
+    model = build(BLIND, window_frames=7, sink_frames=3)
+    cache = model.new_cache(12, HEIGHT, WIDTH)
     x = draw(1, 16, 3, HEIGHT, WIDTH)
-    for start in (0, 3, 6):
+    for start in (0, 3, 6, 9):
         model(x, 0, cache=cache, start_frame=start)
-    with pytest.raises(ValueError, match="start_frame: the chunk begins at token 36"):
-        model(x, 0, cache=cache, start_frame=3)
+    # Resident are 0, 1, 2 and 8 to 11: frames 6 to 8 would be written over the sink.
+    with pytest.raises(ValueError, match="start_frame: the chunk begins at token 72"):
+        model(x, 0, cache=cache, start_frame=6)
+    model(x, 0, cache=cache, start_frame=9)
 
 
 @pytest.mark.parametrize(

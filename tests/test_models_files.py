@@ -59,6 +59,23 @@ def test_loads_what_trainings_leave(tmp_path, weights, form):
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
+def test_loads_the_oldest_file_format(tmp_path, weights):
+    file = tmp_path / "model.pth"
+    torch.save(weights, file, _use_new_zipfile_serialization=False)
+    assert equal(load_wan(file), weights)
+
+
+def test_the_model_shares_no_memory_with_its_source(tmp_path, weights):
+    file = tmp_path / "model.pt"
+    torch.save(weights, file)
+    models = load_wan(file), load_wan(weights)
+    file.write_bytes(b"")
+    for model in models:
+        model.head.head.weight.zero_()
+    assert weights["head.head.weight"].any()
+    assert torch.equal(models[0].head.modulation, weights["head.modulation"])
+
+
 def test_the_dict_to_take_can_be_named(tmp_path, weights):
     file = tmp_path / "model.pt"
     torch.save(

@@ -167,7 +167,7 @@ def test_repeated_keys_tie(isa, score):
     indices, scores = select(q, k, sparsity=0.7, **options)
     by_frame = np.asarray(scores).reshape(2, 6, 3)
     assert (by_frame == by_frame[:, :1]).all()
-    order = np.lexsort((np.arange(18), -by_frame.reshape(2, 18)))
+    order = np.argsort(-by_frame.reshape(2, 18), axis=-1, kind="stable")
     np.testing.assert_array_equal(indices[0, 0], np.sort(order[:, :5], axis=-1))
 
 
@@ -297,6 +297,16 @@ def test_a_nan_key_ranks_last(isa, score, hierarchy):
     assert 4 not in kept[0, 0]
     # A NaN is kept when there is nothing else to keep.
     assert 4 in check(q, k, **options, sparsity=0.0)[0, 0]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_nan_frames_tie(isa, score):
+    """A frame with one NaN block and one with nothing else rank alike: last, lower first."""
+    q, k = draw((1, 32, 1, 16), (1, 8 * 32, 1, 16))
+    k[0, 70], k[0, 4 * 32 : 5 * 32] = torch.nan, torch.nan
+    options = dict(**{**SMALL, "keep_frames": 6}, frame_tokens=32, score=score)
+    kept = check(q, k, **options, sparsity=0.15)  # 13 of 16: all frames but one
+    assert kept[0, 0, 0].tolist() == [0, 1, 2, 3, 5, 6, 7, *range(10, 16)]  # 4 is the NaN
 
 
 @pytest.mark.parametrize("score", SCORES)

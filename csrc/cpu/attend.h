@@ -1,16 +1,17 @@
 /* What the files of the CPU attention share: private to csrc/cpu/attend*.
  *
- * A tile is up to 128 queries of one (batch, head) that read the same keys: a row of
- * the block list, or, when dense, a run of queries that read them all. */
+ * A tile is a run of queries of one (batch, head) that read the same keys: a row of the
+ * block list, or, when dense, up to 384 queries that read them all. */
 #ifndef LIGHTFORCING_CPU_ATTEND_H
 #define LIGHTFORCING_CPU_ATTEND_H
 
 #include "../lightforcing.h"
+#include "convert.h"
 
 #include <math.h>
 #include <string.h>
 
-enum { LF_ATTEND_MAX_DIM = 256, LF_ATTEND_MAX_ROWS = 128 };
+enum { LF_ATTEND_MAX_DIM = 256, LF_ATTEND_MAX_ROWS = 384 };
 
 typedef struct {
     const lf_attend_params *p;
@@ -19,10 +20,11 @@ typedef struct {
     int64_t block_count;
 } lf_attend_tile;
 
-/* One implementation. `work` is 64-byte aligned and holds work_floats(dim) floats; nothing
- * in it outlives a tile. A tile's result depends on its keys alone, not on its neighbours. */
+/* One implementation. `work` is 64-byte aligned and holds work_floats(rows, dim) floats;
+ * nothing in it outlives a tile. A tile's result depends on its keys alone, not on its neighbours.
+ */
 typedef struct {
-    int64_t (*work_floats)(int64_t dim);
+    int64_t (*work_floats)(int64_t rows, int64_t dim);  // for tiles of up to `rows`
     void (*run)(const lf_attend_tile *tile, float *work);
 } lf_attend_engine;
 
@@ -65,32 +67,11 @@ static inline int64_t lf_next_keys(const lf_attend_tile *tile, lf_key_cursor *at
 
 /* ---- elements --------------------------------------------------------------------- */
 
-static inline float lf_float_of_bits(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 static inline uint32_t lf_bits_of_float(float x)
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
-}
-
-static inline float lf_float_of_bf16(uint16_t x) { return lf_float_of_bits((uint32_t)x << 16); }
-
-/* Branch-free selects, so that the loops over it become vector code. */
-static inline float lf_float_of_f16(uint16_t x)
-{
-    const uint32_t sign = (uint32_t)(x & 0x8000) << 16;
-    const uint32_t low = (uint32_t)(x & 0x7fff) << 13;
-    const uint32_t normal = low + (112u << 23);        // exponent bias 15 to 127
-    const uint32_t special = low + (224u << 23);       // infinities and NaN: exponent 255
-    const float tiny = (float)(x & 0x3ff) * 0x1p-24f;  // subnormal halves
-    const uint32_t finite = low < (1u << 23) ? lf_bits_of_float(tiny) : normal;
-    return lf_float_of_bits(sign | (low < (31u << 23) ? finite : special));
 }
 
 /* To nearest, ties to even. */
@@ -115,28 +96,29 @@ static inline uint16_t lf_f16_of_float(float x)
     return (uint16_t)(sign | (size_bits - (112u << 23) + 0xfff + (size_bits >> 13 & 1)) >> 13);
 }
 
-/* Row `token` of x, in elements of the tensor's dtype. */
-static inline int64_t lf_row_offset(const lf_tensor *x, int64_t b, int64_t h, int64_t token)
-{
-    return b * x->batch + token * x->token + h * x->head;
-}
-
-static inline float lf_load(const void *data, lf_dtype dtype, int64_t offset)
+static inline float lf_load(const void *row, lf_dtype dtype, int64_t d)
 {
     switch (dtype) {
-    case LF_F16: return lf_float_of_f16(((const uint16_t *)data)[offset]);
-    case LF_BF16: return lf_float_of_bf16(((const uint16_t *)data)[offset]);
-    default: return ((const float *)data)[offset];
+    case LF_F16: return lf_from_f16(((const uint16_t *)row)[d]);
+    case LF_BF16: return lf_from_bf16(((const uint16_t *)row)[d]);
+    default: return ((const float *)row)[d];
     }
 }
 
-static inline void lf_store(void *data, lf_dtype dtype, int64_t offset, float x)
+static inline void lf_store(void *row, lf_dtype dtype, int64_t d, float x)
 {
     switch (dtype) {
-    case LF_F16: ((uint16_t *)data)[offset] = lf_f16_of_float(x); break;
-    case LF_BF16: ((uint16_t *)data)[offset] = lf_bf16_of_float(x); break;
-    default: ((float *)data)[offset] = x; break;
+    case LF_F16: ((uint16_t *)row)[d] = lf_f16_of_float(x); break;
+    case LF_BF16: ((uint16_t *)row)[d] = lf_bf16_of_float(x); break;
+    default: ((float *)row)[d] = x; break;
     }
+}
+
+/* Row `token` of an output. */
+static inline void *lf_out_row(const lf_attend_params *p, int64_t b, int64_t h, int64_t token)
+{
+    const int64_t offset = b * p->out.batch + token * p->out.token + h * p->out.head;
+    return (char *)p->out.data + offset * lf_dtype_size(p->dtype);
 }
 
 /* A logit is clamped to the finite floats, so that no overflow of q.k makes a NaN; a NaN stays. */

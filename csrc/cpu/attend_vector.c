@@ -38,7 +38,7 @@ TILE_FN int vec_any(vi mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) !=
 
 TILE_FN void widen_f16(const uint16_t *from, float *to, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) to[i] = lf_float_of_f16(from[i]);
+    for (int64_t i = 0; i < n; i++) to[i] = lf_from_f16(from[i]);
 }
 
 #include "attend_tile.h"

@@ -63,6 +63,8 @@ int lf_contiguous(const lf_arg *arg)
 {
     int64_t expected = 1;
 
+    for (int i = 0; i < arg->ndim; i++)
+        if (arg->shape[i] == 0) return 0;
     for (int i = arg->ndim - 1; i >= 0; i--) {
         if (arg->shape[i] > 1 && arg->stride[i] != expected) {
             PyErr_Format(PyExc_ValueError,

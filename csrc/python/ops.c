@@ -353,7 +353,8 @@ static int read_list(PyObject *list, lf_dims *dims, lf_arg *indices, lf_arg *cou
     if (lf_borrow(PyTuple_GetItem(list, 1), "counts", counts) < 0) return -1;
     if (lf_shape(counts, "BHR", dims) < 0 || lf_contiguous(counts) < 0) return -1;
     if (lf_expect_dtype(indices, LF_I32) < 0 || lf_expect_dtype(counts, LF_I32) < 0) return -1;
-    p->indices = (const int32_t *)indices->data;
+    // Lists of width 0 may have no memory, and NULL means dense: any address will do.
+    p->indices = (const int32_t *)(indices->data ? indices->data : counts->data);
     p->counts = (const int32_t *)counts->data;
     p->max_count = LF_DIM(*dims, 'M');
     return 0;

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,9 +58,10 @@ def load_wan(
         model = CausalWan(config, seed=None)
     _check(state, model.state_dict())
     dtype = state["patch_embedding.weight"].dtype if dtype is None else dtype
-    # Cast one by one and let go of the original, so that at most one tensor is there twice.
+    # Copies, so that the file may be written again and the caller's tensors stay the caller's;
+    # one by one, so that a file's weights are in memory only once.
     for name in list(state):
-        state[name] = state[name].detach().to(device=device, dtype=dtype)
+        state[name] = state[name].detach().to(device=device, dtype=dtype, copy=True)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -135,7 +137,8 @@ def _read(source) -> tuple[Mapping, dict | None]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in (".pt", ".pth", ".bin"):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True), None
+        mapped = zipfile.is_zipfile(path)  # files of the oldest format cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), None
     raise ValueError(
         f"source: expected a .pt, .pth, .bin or .safetensors file, got {path.suffix or path.name!r}"
     )

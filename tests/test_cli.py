@@ -1,0 +1,192 @@
+"""The command line: every command as a user runs it, its JSON, its exit codes, its sentences."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import lightforcing as lf
+from lightforcing import cli, selftest
+
+
+def run(*arguments, before=""):
+    """One command in its own process; ``before`` is Python that runs first."""
+    code = f"{before}\nimport sys\nfrom lightforcing.cli import main\nsys.exit(main(sys.argv[1:]))"
+    start = ["-c", code] if before else ["-m", "lightforcing"]
+    command = [sys.executable, *start, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def answer(*arguments, code=0):
+    """What a command prints with --json, parsed."""
+    done = run(*arguments, "--json")
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_info_says_what_this_build_is():
+    facts = answer("info")
+    assert facts["version"] == lf.__version__
+    assert facts["isa"] in facts["isas"]
+    text = run("info").stdout
+    assert f"version       {lf.__version__}" in text
+
+
+def test_info_does_not_import_torch():
+    before = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
+    assert run("info", before=before).stdout.splitlines()[-1] == "False"
+
+
+def test_doctor_is_healthy_here():
+    found = answer("doctor")
+    assert found["healthy"]
+    names = [c["name"] for c in found["checks"]]
+    assert names[:6] == ["python", "build", "cpu", "ops", "cuda", "torch"]
+    assert run("doctor").stdout.splitlines()[-1] == "healthy"
+
+
+def test_doctor_fails_when_the_arithmetic_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(lf, "block_sparse_attention", lambda q, k, v: np.zeros_like(q))
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "broken   ops        attention differs from NumPy by" in text
+    assert "run `python -m lightforcing selftest`" in text
+
+
+def test_doctor_names_the_driver_that_is_too_old(monkeypatch, capsys):
+    facts = dict(lf.info(), cuda_built=True, cuda_archs=["90a"], cuda_runtime=13000)
+    monkeypatch.setattr(lf, "info", lambda: facts)
+    monkeypatch.setattr("lightforcing.doctor.installed_driver", lambda: 12040)
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "built for 90a, CUDA 13.0, a driver for CUDA 12.4" in text
+    assert "install driver 580 or newer" in text
+
+
+def test_doctor_tells_how_to_get_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr("lightforcing.doctor.version", lambda package: None)
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "pip install 'lightforcing[models]'" in text
+    assert "pip install 'lightforcing[viz]'" in text
+
+
+def test_selftest_tries_every_operator_on_every_instruction_set():
+    found = answer("selftest", "--seconds", 2)
+    assert found["ok"]
+    tried = {(r["isa"], r["check"]) for r in found["checks"]}
+    assert tried == {(i, c) for i in lf.info()["isas"] for c in selftest.CHECKS}
+    assert all(r["cases"] >= 1 for r in found["checks"])
+
+
+def test_selftest_fails_when_an_operator_is_wrong(monkeypatch, capsys):
+    right = lf.compress
+    monkeypatch.setattr(lf, "compress", lambda *a, **k: right(*a, **k) * 1.00001)
+    assert cli.main(["selftest", "--seconds", "1"]) == 1
+    failed = [x for x in capsys.readouterr().out.splitlines() if "FAILED" in x]
+    assert len(failed) == len(lf.info()["isas"])
+    assert all("compress" in x and "case 1: " in x for x in failed)
+
+
+def test_selftest_leaves_the_best_instruction_set_on():
+    before = lf.info()["isa"]
+    selftest.run(seconds=0)
+    assert lf.info()["isa"] == before
+
+
+def test_explain_gives_the_schedule_of_the_preset():
+    page = answer("explain", "--preset", "paper")
+    assert [r["kept"] for r in page["rows"]] == [75, 25, 32, 38, 43, 48, 53]
+    given = [r["sparsity"] for r in page["rows"]]
+    np.testing.assert_allclose(given, lf.cag_schedule(sparsity=0.88, base=0.98))
+    long = answer("explain", "--preset", "paper-long", "--num-frames", 63)
+    assert [r["kept"] for r in long["rows"]][1:5] == [39, 50, 60, 55]
+
+
+def test_explain_predicts_the_step_from_a_measured_share():
+    page = answer("explain", "--sparsity", 0.5, "--attention-share", 0.5)
+    gain = page["attention_gain"]
+    assert page["step_gain"] == pytest.approx(1 / (0.5 + 0.5 / gain))
+
+
+def test_explain_draws(tmp_path):
+    picture = tmp_path / "schedule.png"
+    assert run("explain", "--plot", picture).returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_writes_what_it_says(tmp_path):
+    done = run("demo", "--num-frames", 9, "--size", "16x24", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = ["contact-sheet.png", "report.json", "video.gif", "video.mp4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert result["measuring_changes_nothing"]
+    assert [c["chunk"] for c in result["chunks"]] == [1, 2, 3]
+    first, *later = result["chunks"]
+    assert (first["difference"], first["recall"], first["density"]) == (0, None, 1)
+    for chunk in later:
+        assert 0 < chunk["difference"] < 1 and chunk["density"] < chunk["recall"] < 1
+    assert "The weights are random" in done.stdout
+    assert "60 calls" in done.stdout and str(tmp_path / "video.gif") in done.stdout
+
+
+def test_demo_is_dense_when_sparsity_is_zero(tmp_path):
+    result = answer("demo", "--num-frames", 6, "--size", "8x12", "--out", tmp_path, "--sparsity", 0)
+    assert all(c["difference"] == 0 for c in result["chunks"])
+
+
+def test_bench_times_dense_and_sparse():
+    result = answer("bench", "--seconds", 0, "--frame-tokens", 64, "--preset", "fast")
+    names = [r["what"] for r in result["rows"]]
+    assert names[0] == "lightforcing dense" and "torch" in names[-1]
+    assert all(r["samples"] >= 1 and r["median_ms"] > 0 for r in result["rows"])
+    assert result["kept"] < result["blocks"]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["explain", "--preset", "best"], "preset: expected one of paper, paper-long, quality"),
+        (["explain", "--sparsity", "1.5"], "sparsity: expected a number in [0, 1), got 1.5"),
+        (["explain", "--num-frames", "0"], "expected an integer >= 1, got 0"),
+        (["explain", "--attention-share", "2"], "attention_share: expected a number in [0, 1]"),
+        (["explain", "--plot", "s.xyz"], "--plot: expected a file ending in one of"),
+        (["demo", "--size", "44by80"], "expected rows x columns such as 44x80, got 44by80"),
+        (["demo", "--num-frames", "7"], "num_frames: expected 3 plus a multiple of 3, got 7"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_wrong_arguments_get_a_sentence_and_exit_code_2(arguments, sentence, tmp_path, capsys):
+    if arguments[0] == "demo":
+        arguments = [*arguments, "--out", str(tmp_path)]
+    try:
+        code = cli.main(arguments)
+    except SystemExit as end:  # argparse's way out
+        code = end.code
+    error = capsys.readouterr().err
+    assert code == 2 and sentence in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "module, arguments, sentence",
+    [
+        ("torch", ["demo"], "demo needs torch: pip install 'lightforcing[models]'"),
+        ("imageio", ["demo"], "demo needs imageio: pip install 'lightforcing[viz]'"),
+        ("tqdm", ["demo"], "demo needs tqdm: pip install 'lightforcing[viz]'"),
+        ("matplotlib", ["explain", "--plot", "x.png"], "--plot needs matplotlib: pip install"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_command(module, arguments, sentence):
+    done = run(*arguments, before=f"import sys; sys.modules[{module!r}] = None")
+    assert done.returncode == 2 and sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "doctor", "selftest --seconds 0", "explain"])
+def test_works_without_torch(command):
+    done = run(*command.split(), before="import sys; sys.modules['torch'] = None")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,238 @@
+"""patch: what the user reads. Statistics, report, explain, timing and recall."""
+
+import json
+import re
+
+import fake_ar as ar
+import pytest
+import torch
+
+import lightforcing as lf
+from lightforcing import report, stats
+
+SMALL = {"block_q": 16, "block_k": 16}
+
+
+@pytest.fixture
+def model():
+    return ar.make()
+
+
+def test_report_of_a_run(model):
+    with lf.patched(model, "paper", dense_layers=[0], **SMALL) as handle:
+        ar.rollout(model, 3)
+        text = handle.report()
+    assert str(handle) == handle.report()
+    assert text.splitlines() == [
+        "lightforcing: 2 layers of InPlace; sparsity 0.88 (base 0.98) by law linear, mean scores, "
+        "frames 6/1/2 first",
+        "dense by wish: layers [0], steps []",
+        "chunk  calls  sparse  sparsity  density",
+        "    1      6       0         -   100.0%",
+        "    2      6       3     0.827    58.3%",
+        "    3      6       3     0.855    55.6%",
+        "dense, through the original function:",
+        "       9  dense layer",
+        "       3  first chunk",
+        "attention: 1.57x fewer query-key pairs than dense (6 of 18 calls sparse)",
+    ]
+    assert handle.report().startswith("lightforcing: unpatched (InPlace); sparsity 0.88")
+
+
+def test_report_before_any_call(model):
+    with lf.patched(model, **SMALL) as handle:
+        assert handle.report().splitlines()[1:] == ["no calls yet"]
+        assert handle.stats() == {
+            "calls": 0, "sparse_calls": 0, "sparsity": None, "density": None, "dense": {},
+            "recall": None, "recall_p5": None, "ms": None, "attention_share": None,
+            "means_bytes": 0, "chunks": [], "layers": [],
+        }  # fmt: skip
+        assert repr(handle) == "<lightforcing.Handle of 2 layers, sparsity 0.8>"
+
+
+def test_html_escapes_and_tells_the_same(model):
+    with lf.patched(model, "fast", **SMALL) as handle:
+        ar.rollout(model, 3)
+        handle.facts["layer"] = "<Odd>"
+        html = handle._repr_html_()
+    assert "<Odd>" not in html and "&lt;Odd&gt;" in html
+    cells = re.findall(r"<t[hd]>([^<]*)</t[hd]>", html)
+    assert cells[:10] == [
+        "chunk", "calls", "sparse", "sparsity", "density", "1", "6", "0", "-", "100.0%",
+    ]  # fmt: skip
+    assert "first chunk" in html
+
+
+def test_stats_are_json_and_sum_up(model):
+    with lf.patched(model, "fast", **SMALL) as handle:
+        ar.rollout(model, 4)
+        values = handle.stats()
+        whole = handle.to_dict()
+    assert json.loads(json.dumps(whole)) == whole
+    assert whole["config"] == handle.config.to_dict() and whole["layers"] == 2
+    for name in ("calls", "sparse_calls"):
+        by_layer = [c[name] for x in values["layers"] for c in x["chunks"]]
+        assert sum(by_layer) == sum(c[name] for c in values["chunks"]) == values[name]
+    # pairs: 3 x (3 + 6 + 9 + 12) frames, of which (3 + 1.5 + 1.5 + 1.5) are computed
+    assert values["density"] == pytest.approx(7.5 / 30)
+    assert [c["density"] for c in values["layers"][1]["chunks"]] == pytest.approx(
+        [1, 3 / 12, 3 / 18, 3 / 24]
+    )
+
+
+def test_keep_frames_that_rose_are_reported(model):
+    settings = {"keep_frames": 2, "sink_frames": 1, "near_frames": 1, "hierarchy": True}
+    with lf.patched(model, sparsity=0.3, law="constant", **settings, **SMALL) as handle:
+        ar.rollout(model, 4)
+    # 12 frames are 24 blocks, 16 kept; 3 own and 2 past frames hold 10, so 5 past ones are needed
+    notes = [line for line in handle.report().splitlines() if "rose" in line]
+    assert notes == [
+        "keep_frames rose to 3 in chunk 3: the budget holds more blocks",
+        "keep_frames rose to 5 in chunk 4: the budget holds more blocks",
+    ]
+    assert [c.get("keep_frames") for c in handle.stats()["chunks"]] == [None, None, 3, 5]
+
+
+def test_long_streams_stay_short(model, monkeypatch):
+    monkeypatch.setattr(stats, "LAST_CHUNK", 60)
+    model = ar.make(ar.Rolling, layers=1)
+    cache = ar.new_cache(model, frames=240)
+    with lf.patched(model, "fast", window=9, **SMALL) as handle:
+        ar.rollout(model, 70, steps=0, cache=cache)
+    assert len(handle.record.cells) == 60 and handle.stats()["calls"] == 70
+    lines = handle.report().splitlines()
+    assert len(lines) < 50 and any(set(line.split()) == {"..."} for line in lines)
+
+
+# ---- explain -----------------------------------------------------------------------------
+
+
+def test_explain_says_what_is_assumed_until_a_call_tells(model):
+    with lf.patched(model, "paper") as handle:
+        plan = handle.explain()
+        assert plan.assumed == ("3 frames a chunk", "1560 tokens a frame", "no window")
+        assert [r["kept"] for r in plan.rows] == [75, 25, 32, 38, 43, 48, 53]
+        assert [r["blocks"] for r in plan.rows] == [75, 150, 225, 300, 375, 450, 525]
+        text = str(plan).splitlines()
+        assert text[2].split() == ["1", "0-2", "3", "dense", "75", "of", "75", "1.0x"]
+        assert text[8].split() == ["7", "18-20", "21", "0.898", "53", "of", "525", "9.9x"]
+        assert text[-1] == (
+            "assumed, until a call tells: 3 frames a chunk, 1560 tokens a frame, no window"
+        )
+        ar.rollout(model, 2, frames=4)
+        told = handle.explain()
+        assert told.assumed == () and (told.frame_tokens, told.frames_per_chunk) == (20, 4)
+        given = handle.explain(num_frames=9, frames_per_chunk=3, frame_tokens=1560)
+        assert [r["kept"] for r in given.rows][0] == 75 and len(given.rows) == 3
+
+
+def test_plan_needs_no_model_and_gains_are_amdahls():
+    plan = report.plan(lf.Config.preset("paper"), attention_share=0.5)
+    resident, kept = (75 + 150 + 225 + 300 + 375 + 450 + 525), (75 + 25 + 32 + 38 + 43 + 48 + 53)
+    assert plan.attention_gain == pytest.approx(resident / kept)
+    assert plan.step_gain == pytest.approx(1 / (0.5 + 0.5 * kept / resident))
+    assert "whole step: 1.74x at most, with attention at 50% of a dense step" in str(plan)
+    assert report.plan(lf.Config()).step_gain is None
+    assert json.loads(json.dumps(plan.to_dict())) == plan.to_dict()
+    with pytest.raises(ValueError, match=r"attention_share: expected a number in \[0, 1\], got 2"):
+        report.plan(lf.Config(), attention_share=2)
+
+
+def test_plan_of_short_last_and_lone_first_chunks():
+    short = report.plan(lf.Config.preset("paper"), num_frames=8)
+    assert [(r["first_frame"], r["last_frame"]) for r in short.rows] == [(0, 2), (3, 5), (6, 7)]
+    lone = report.plan(lf.Config(chunk_ends=(1, 4, 7), law="constant"))
+    assert [(r["resident_frames"], r["sparsity"]) for r in lone.rows] == [(1, 0), (4, 0), (7, 0.8)]
+    windowed = report.plan(lf.Config.preset("paper-long"))
+    assert [r["kept"] for r in windowed.rows][:7] == [75, 39, 50, 60, 55, 52, 49]
+    assert windowed.rows[-1]["resident_frames"] == 12 and len(windowed.rows) == 21
+
+
+# ---- timing and recall -------------------------------------------------------------------
+
+
+def test_timing_by_layer_and_chunk(model, monkeypatch):
+    """A clock that moves by 1 s a reading: each call takes one."""
+    from itertools import count
+
+    from lightforcing import handle as handle_module
+
+    ticks = count()
+    clock = type("Clock", (), {"perf_counter": staticmethod(lambda: float(next(ticks)))})
+    monkeypatch.setattr(handle_module, "time", clock)
+    monkeypatch.setattr(stats, "time", clock)
+    with lf.patched(model, "fast", timing=True, **SMALL) as handle:
+        ar.rollout(model, 3)
+        values = handle.stats()
+    assert values["ms"] == 18_000 and values["dense_ms"] == 6_000
+    assert [c["ms"] for c in values["layers"][0]["chunks"]] == [3_000, 3_000, 3_000]
+    # A step is 5 readings from one entry of layer 0 to the next, 2 of them attention.
+    assert handle.record.steps == 8
+    assert values["attention_share"] == pytest.approx(2 / 5)
+    assert "attention took 40% of a step, as it ran" in handle.report()
+    assert "ms a call" in handle.report() and "1000.000" in handle.report()
+    # Dense steps: 3 of 2 in 5. Sparse: 2 / density in 3 + 2 / density, at 3 of 12 and 3 of 18.
+    dense, wall = 3 * 2 + 3 * 8 + 2 * 12, 3 * 5 + 3 * 11 + 2 * 15
+    assert handle.record.dense_attention_share == pytest.approx(dense / wall)
+    plan = handle.explain()
+    assert plan.attention_share == pytest.approx(dense / wall)
+    assert plan.step_gain > 1 and "whole step" in str(plan)
+
+
+def test_steps_end_where_a_new_video_begins(model):
+    with lf.patched(model, "fast", timing=True, **SMALL) as handle:
+        ar.rollout(model, 2)
+        assert handle.record.steps == 5
+        ar.rollout(model, 2)
+        assert handle.record.steps == 10  # the pause between the videos is not a step
+
+
+def test_timing_is_off_by_default(model):
+    with lf.patched(model, "fast", **SMALL) as handle:
+        ar.rollout(model, 2)
+        assert handle.stats()["ms"] is None and handle.stats()["attention_share"] is None
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_probe_is_the_share_of_dense_attention_mass(preset, monkeypatch):
+    """Against the softmax mass in float64 of the same rows."""
+    from lightforcing import handle as handle_module
+
+    truth, select = [], handle_module.ops.select_blocks
+
+    def selecting(q, k, **keywords):
+        blocks = select(q, k, **keywords)
+        logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * q.shape[3] ** -0.5
+        token = torch.arange(k.shape[1])
+        kept = blocks.to_bool()[:, :, torch.arange(q.shape[1]) // 16]
+        kept = kept[..., token // 20 * 2 + token % 20 // 16]
+        truth.append((logits.softmax(-1) * kept).sum(-1).flatten())
+        return blocks
+
+    monkeypatch.setattr(handle_module.ops, "select_blocks", selecting)
+    model = ar.make(layers=1)
+    with lf.patched(model, preset, probe=10_000, **SMALL) as handle:  # every row
+        ar.rollout(model, 2, steps=0)
+    chunk = handle.stats()["chunks"][1]
+    assert len(truth) == 1
+    assert chunk["recall"] == pytest.approx(truth[0].mean().item(), abs=1e-5)
+    assert chunk["recall_p5"] == pytest.approx(truth[0].quantile(0.05).item(), abs=1e-5)
+    assert handle.stats()["chunks"][0]["recall"] is None
+
+
+def test_probe_of_a_few_rows_changes_no_result(model):
+    with lf.patched(model, "fast", **SMALL) as handle:
+        plain = ar.rollout(model)
+        assert handle.stats()["recall"] is None
+        lf.patch(model, "fast", probe=7, **SMALL)
+        assert torch.equal(ar.rollout(model), plain)
+        values = handle.stats()
+    assert 0 < values["recall_p5"] < values["recall"] < 1
+    assert re.search(r"recall +p5\n", handle.report())
+
+
+def test_probe_of_a_whole_selection_is_one(model):
+    """Nearly all blocks kept: the recall comes to nearly 1."""
+    with lf.patched(model, sparsity=0.09, law="constant", probe=16, **SMALL) as handle:
+        ar.rollout(model, 3)
+    assert handle.stats()["sparse_calls"] > 0 and handle.stats()["recall"] > 0.9
