@@ -17,10 +17,8 @@
  *           of 64 rows, if that saves half a round
  *   shared  Q, two rings of K and V tiles: 96 KB with rings of 2 (D = 128), 160 KB with 4
  *   limits  255 registers (no second block an SM); shared memory reads, then the tensor cores */
+#include "attend_rows.cuh"
 #include "kernels.h"
-#include "launch.cuh"
-#include "ptx.cuh"
-#include "tile.cuh"
 #include <atomic>
 #include <cfloat>
 #include <cmath>
@@ -30,305 +28,7 @@
 namespace {
 
 using namespace lf;
-
-constexpr uint32_t GROUPS = 2, GROUP_WARPS = 4, WARPS = GROUPS * GROUP_WARPS;
-constexpr uint32_t GROUP_THREADS = 32 * GROUP_WARPS, THREADS = 32 * WARPS;
-constexpr uint32_t STEP = 64;        // keys of a step
-constexpr uint32_t TILE_ROWS = 128;  // most query rows of a block
-constexpr uint32_t WARP_ROWS = 32;
-constexpr uint32_t ALL = 0xffffffffu;
-
-/* What the host derives from the parameters. Byte strides; a piece is the run of consecutive keys
- * that a step takes from one list entry (min(block_k, 64)); without a list the entries are the
- * 64-key blocks of one frame of Lk tokens. */
-struct Plan {
-    int64_t q_token, k_token, v_token, out_token;
-    int64_t k_pass, v_pass;  // of the rows that a group copies at once
-    uint32_t rows_per_item, row_items;  // query rows of a list row; list rows of a (b, h)
-    uint32_t whole_items;               // blocks that take a whole list row; the others take halves
-    uint32_t entries;                   // most entries of a list
-    uint32_t frame_tokens, block_keys;
-    uint32_t blocks, frame_blocks;  // entries outside [0, blocks) are skipped
-    uint32_t magic, shift;          // j / frame_blocks = j * magic >> shift for j < 2^31
-    uint32_t piece_log2, pieces_log2, steps_log2;  // keys of a piece; pieces of a step; or steps
-    uint32_t slots, ring_bytes;                    // of a group: tiles, and their size
-    float scale_log2;                              // logits times this are exponents of 2
-    float most;                                    // largest |q . k| whose exponent is finite
-};
-
-/* Weights are 2^(x - max - shift): with bf16 values near the largest float, 2^16 keys of equal
- * weight still sum without overflow. fp16 weights have no room for it, fp16 values no need. */
-template <typename T> constexpr float WEIGHT_SHIFT = 0.0f;
-template <> constexpr float WEIGHT_SHIFT<__nv_bfloat16> = 16.0f;
-
-/* A block's work, in shared memory: read again where it is needed, it costs no registers. */
-struct Work {
-    const char *k, *v;    // row 0 of this (b, h)
-    const int32_t *list;  // [entries]; null: entry i is block i
-    uint32_t entries, steps;
-    uint32_t batch, head;
-    int64_t first;   // query rows [first, first + count)
-    uint32_t count;  // 0: none
-};
-
-// ---- the keys of a group, on their way to shared memory ---------------------------------
-
-/* Copies the group's steps into its ring, tile by tile: K of a step, V of it, K of the next. The
- * lanes hold the entries of a step, piece i in lane i, and the entry of the next one early, so
- * that no copy waits for the list. */
-__device__ __forceinline__ void sync_group()
-{
-    bar_sync(1 + tid_x() / GROUP_THREADS, GROUP_THREADS);
-}
-
-template <int DIM> struct KeyStream {
-    static constexpr uint32_t UNITS = Tile<DIM>::UNITS;
-    static constexpr uint32_t PASS_ROWS = GROUP_THREADS / UNITS, PASSES = STEP / PASS_ROWS;
-
-    const Plan &plan;
-    const Work &work;
-    uint32_t rings;  // shared-window address of both rings
-    uint32_t step;   // whose K comes next
-    uint32_t first;  // token of this lane's piece in the step whose V comes next
-    uint32_t ahead;  // valid keys of that piece in the steps under way, a byte each, oldest lowest
-    int32_t next;    // entry of that piece in the step whose K comes next
-
-    __device__ KeyStream(const Plan &plan, const Work &work, uint32_t rings)
-        : plan(plan), work(work), rings(rings), step(threadIdx.x / GROUP_THREADS), first(0),
-          ahead(0)
-    {
-        next = entry();
-    }
-
-    /* A step of the group is left to compute, with slots / 2 steps' K on their way. */
-    __device__ bool more() const
-    {
-        return __any_sync(ALL, step < work.steps + GROUPS * (plan.slots / 2));
-    }
-
-    __device__ int32_t entry() const
-    {
-        const uint32_t piece = tid_x() & (1u << plan.pieces_log2) - 1;
-        const uint32_t at = (step << plan.pieces_log2 >> plan.steps_log2) + piece;
-        if (at >= work.entries) return -1;
-        return work.list ? __ldg(work.list + at) : int32_t(at);
-    }
-
-    /* K of the next step to byte `to` of the ring; it will be computed `lead` steps from now. */
-    __device__ __forceinline__ void copy_k(uint32_t to, uint32_t lead)
-    {
-        const uint32_t frame = uint32_t(uint64_t(uint32_t(next)) * plan.magic >> plan.shift);
-        const uint32_t within = (uint32_t(next) - frame * plan.frame_blocks) * plan.block_keys +
-                                (step & (1u << plan.steps_log2) - 1) * STEP;
-        const bool some = uint32_t(next) < plan.blocks && within < plan.frame_tokens;
-        first = some ? frame * plan.frame_tokens + within : 0;
-        const uint32_t valid = some ? min(plan.frame_tokens - within, 1u << plan.piece_log2) : 0;
-        ahead |= valid << 8 * lead;
-        copy(to, work.k, plan.k_token, plan.k_pass, valid);
-        cp_async_commit_group();
-        step += GROUPS;
-        next = entry();
-    }
-
-    /* V of the step whose K was copied last, which will be computed `lead` steps from now. */
-    __device__ __forceinline__ void copy_v(uint32_t to, uint32_t lead)
-    {
-        copy(to, work.v, plan.v_token, plan.v_pass, ahead >> 8 * lead & 0xff);
-        cp_async_commit_group();
-    }
-
-    __device__ __forceinline__ void copy(uint32_t to, const char *rows, int64_t token_bytes,
-                                         int64_t pass_bytes, uint32_t valid)
-    {
-        const uint32_t thread = tid_x() % GROUP_THREADS, unit = thread % UNITS;
-        const uint32_t mine = thread / UNITS;
-        to += rings + tid_x() / GROUP_THREADS * plan.ring_bytes + Tile<DIM>::at(mine, unit);
-        rows += unit * 16;
-        if (__all_sync(ALL, valid == STEP)) {
-            const char *from = rows + (first + mine) * token_bytes;
-#pragma unroll
-            for (uint32_t i = 0; i < PASSES; i++) {
-                cp_async_16(to + i * (PASS_ROWS * Tile<DIM>::ROW_BYTES), from);
-                from += pass_bytes;
-            }
-            return;
-        }
-        // Rows that are no key become zeros: finite, whatever lies there. Not unrolled: the loop's
-        // constants would be kept in registers throughout.
-#pragma unroll 1
-        for (uint32_t i = 0; i < PASSES; i++) {
-            const uint32_t key = mine + i * PASS_ROWS, piece = key >> plan.piece_log2;
-            const uint32_t in_piece = key & (1u << plan.piece_log2) - 1;
-            const int64_t from = __shfl_sync(ALL, first, piece) + in_piece;
-            const bool inside = in_piece < __shfl_sync(ALL, valid, piece);
-            cp_async_16_zfill(to + i * (PASS_ROWS * Tile<DIM>::ROW_BYTES),
-                              rows + (inside ? from * token_bytes : 0), inside ? 16 : 0);
-        }
-    }
-
-    /* The oldest tile under way has arrived, for the whole group, and the tile used last is free.
-     * Tiles past the end count as empty groups of copies, so the number to wait for is constant. */
-    __device__ __forceinline__ void wait() const
-    {
-        if (plan.slots == 2) cp_async_wait_group<0>();
-        else cp_async_wait_group<2>();
-        sync_group();
-    }
-};
-
-// ---- the rows of a warp -------------------------------------------------------------------
-
-/* Softmax state of 32 rows x COLUMNS columns in the layout of mma accumulators: value i of tile n
- * of half m is row 16 m + lane / 4 + i / 2 * 8, column 8 n + lane % 4 * 2 + i % 2. */
-template <int DIM> struct Rows {
-    float out[2][DIM / 8][4];
-    float top[2][2];  // maximum in exponents of 2, plus the weight shift; finite, so that no
-                      // -inf - -inf arises: -FLT_MAX before the first key
-    float sum[2][2];  // of this lane's columns
-};
-
-/* Logits of keys to [-most, most], the others to -inf. The columns begin at `first_column`. */
-template <int TILES>
-__device__ __forceinline__ void mask(float (&s)[2][TILES][4], uint32_t first_column,
-                                     uint32_t piece_log2, uint32_t valid, float most)
-{
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-        const uint32_t column = first_column + n * 8;
-        const uint32_t piece = column >> piece_log2;
-        const uint32_t end = (piece << piece_log2) + __shfl_sync(ALL, valid, piece);
-        const int keys = int(end) - int(column + tid_x() % 4 * 2);  // from this lane's first on
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float &x = s[m][n][i];
-                x = x > most ? most : x;
-                x = x < -most ? -most : x;  // a NaN stays
-                if (i % 2 >= keys) x = -INFINITY;
-            }
-        }
-    }
-}
-
-/* New maxima of the rows, in exponents of 2, from the columns that four lanes hold together. */
-template <int TILES>
-__device__ __forceinline__ void row_tops(const float (&s)[2][TILES][4], float scale, float shift,
-                                         float (&top)[2][2])
-{
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float x = -INFINITY;
-#pragma unroll
-            for (int n = 0; n < TILES; n++)
-                x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-            x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(ALL, x, 2));
-            top[m][half] = fmaf(x, scale, shift);
-        }
-    }
-}
-
-__device__ __forceinline__ bool any_infinite(const float (&top)[2][2])
-{
-    const float most = fmaxf(fmaxf(fabsf(top[0][0]), fabsf(top[0][1])),
-                             fmaxf(fabsf(top[1][0]), fabsf(top[1][1])));
-    return __any_sync(ALL, most == INFINITY);
-}
-
-// ---- merging the parts of a row -----------------------------------------------------------
-
-struct RowStats {
-    float top, sum;
-};
-
-/* The warp gives `partner` one half of its columns and takes the partner's part of the other: the
- * upper one if `upper`. TILES is the columns' number / 8 before. `box` of both is theirs alone,
- * and `sync` orders the memory of both. */
-template <int DIM, int TILES, typename Sync>
-__device__ __forceinline__ void merge(Rows<DIM> &rows, float4 *boxes, RowStats *stats,
-                                      uint32_t partner, bool upper, Sync sync)
-{
-    constexpr int KEPT = TILES / 2, BOX = 2 * KEPT * 32;  // in float4
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int n = 0; n < KEPT; n++) {
-            float4 given;
-            float *give = &given.x;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float low = rows.out[m][n][i], high = rows.out[m][n + KEPT][i];
-                give[i] = upper ? low : high;
-                rows.out[m][n][i] = upper ? high : low;
-            }
-            boxes[warp * BOX + (m * KEPT + n) * 32 + lane] = given;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            stats[warp * WARP_ROWS + m * 16 + half * 8 + lane / 4] = {rows.top[m][half],
-                                                                      rows.sum[m][half]};
-    }
-    sync();
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-        float mine[2], theirs[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const RowStats other = stats[partner * WARP_ROWS + m * 16 + half * 8 + lane / 4];
-            const float top = fmaxf(rows.top[m][half], other.top);
-            mine[half] = ex2_approx_ftz(rows.top[m][half] - top);
-            theirs[half] = ex2_approx_ftz(other.top - top);
-            rows.top[m][half] = top;
-            rows.sum[m][half] = rows.sum[m][half] * mine[half] + other.sum * theirs[half];
-        }
-#pragma unroll
-        for (int n = 0; n < KEPT; n++) {
-            const float4 taken = boxes[partner * BOX + (m * KEPT + n) * 32 + lane];
-            const float *take = &taken.x;
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                rows.out[m][n][i] = rows.out[m][n][i] * mine[i / 2] + take[i] * theirs[i / 2];
-        }
-    }
-}
-
-/* Divides and writes TILES * 8 columns from `column` of the warp's rows, by way of the Q tile,
- * whose rows and columns are this warp's alone by now. */
-template <typename T, int DIM, int TILES>
-__device__ __forceinline__ void store(const Rows<DIM> &rows, uint8_t *q_smem, char *out,
-                                      int64_t token_bytes, uint32_t warp_row, uint32_t column,
-                                      uint32_t count)
-{
-    const uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float sum = rows.sum[m][half], inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-            const uint32_t at = warp_row + m * 16 + half * 8 + lane / 4;
-#pragma unroll
-            for (int n = 0; n < TILES; n++)
-                *reinterpret_cast<uint32_t *>(q_smem + Tile<DIM>::at(at, column / 8 + n) +
-                                              lane % 4 * 4) =
-                    pack2<T>(rows.out[m][n][2 * half] * inverse,
-                             rows.out[m][n][2 * half + 1] * inverse);
-        }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < TILES; i++) {  // 32 rows of TILES units, 32 units at a time
-        const uint32_t at = warp_row + (i * 32 + lane) / TILES;
-        const uint32_t unit = column / 8 + (i * 32 + lane) % TILES;
-        if (at < count)
-            *reinterpret_cast<uint4 *>(out + at * token_bytes + unit * 16) =
-                *reinterpret_cast<const uint4 *>(q_smem + Tile<DIM>::at(at, unit));
-    }
-}
+using namespace lf::portable;
 
 // ---- a block ------------------------------------------------------------------------------
 
@@ -374,7 +74,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
     const uint32_t v_at = ring + part * (KEYS * ROW_BYTES) + Tile<DIM>::rows_first(lane);
     const uint32_t turn_ring = plan.slots == 4 ? 2 * TILE_BYTES : 0;
     uint32_t tiles = 0;  // where in the ring this step's K is, its V behind it
-    Rows<DIM> rows;
+    WarpRows<DIM> rows;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -419,9 +119,8 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
         float top[2][2];
         bool masked = __any_sync(ALL, valid != 1u << plan.piece_log2), clamped = false;
         while (true) {
-            if (masked)
-                mask(s, part * KEYS, plan.piece_log2, valid, clamped ? plan.most : INFINITY);
-            row_tops(s, plan.scale_log2, WEIGHT_SHIFT<T>, top);
+            if (masked) mask(s, part * KEYS, plan.piece_log2, valid, clamped ? FLT_MAX : INFINITY);
+            row_tops(s, top);
             if (clamped || !any_infinite(top)) break;
             masked = clamped = true;  // once more: an overflow, or a row without keys
         }
@@ -436,7 +135,8 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const float raised = fmaxf(top[m][half], rows.top[m][half]);
-                    const float factor = ex2_approx_ftz(rows.top[m][half] - raised);
+                    const float factor =
+                        ex2_approx_ftz((rows.top[m][half] - raised) * plan.scale_log2);
                     rows.top[m][half] = raised;
                     rows.sum[m][half] *= factor;
 #pragma unroll
@@ -455,7 +155,8 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
             float w[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                w[i] = ex2_approx_ftz(fmaf(s[m][n][i], plan.scale_log2, -rows.top[m][i / 2]));
+                w[i] = ex2_approx_ftz(
+                    fmaf(s[m][n][i] - rows.top[m][i / 2], plan.scale_log2, -WEIGHT_SHIFT<T>));
             rows.sum[m][0] += w[0] + w[1];
             rows.sum[m][1] += w[2] + w[3];
             weights[turn % 2][m][quarter % 2 * 2] = pack2<T>(w[0], w[1]);
@@ -491,18 +192,19 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
     const auto group_sync = [] { sync_group(); };
     const auto block_sync = [] { __syncthreads(); };
     float4 *boxes = reinterpret_cast<float4 *>(smem + Q_BYTES);
-    RowStats *stats =
-        reinterpret_cast<RowStats *>(smem + Q_BYTES + GROUPS * plan.ring_bytes);
+    RowStats *stats = reinterpret_cast<RowStats *>(smem + Q_BYTES + GROUPS * plan.ring_bytes);
     constexpr int TILES = DIM / 8 / (2 * GROUP_WARPS / ROW_WARPS);  // of columns, in the end
     uint32_t column = 0;
     cp_async_wait_group<0>();
     block_sync();  // the rings are free
     if constexpr (ROW_WARPS < GROUP_WARPS) {
-        merge<DIM, DIM / 8>(rows, boxes, stats, warp ^ ROW_WARPS, part, group_sync);
+        merge<DIM, DIM / 8>(rows, plan.scale_log2, boxes, stats, warp ^ ROW_WARPS, part,
+                            group_sync);
         column += part * (DIM / 2);
         block_sync();
     }
-    merge<DIM, 2 * TILES>(rows, boxes, stats, warp ^ GROUP_WARPS, group, block_sync);
+    merge<DIM, 2 * TILES>(rows, plan.scale_log2, boxes, stats, warp ^ GROUP_WARPS, group,
+                          block_sync);
     column += group * (8 * TILES);
 
     char *out = static_cast<char *>(p.out.data) +
@@ -518,34 +220,11 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
             for (int half = 0; half < 2; half++) {
                 const uint32_t at = row_warp * WARP_ROWS + m * 16 + half * 8 + lane / 4;
                 if (at < work.count)
-                    lse[at] = rows.top[m][half] * 0.693147180559945f + logf(rows.sum[m][half]);
+                    lse[at] = fminf(fmaxf(rows.top[m][half] * p.scale, -FLT_MAX), FLT_MAX) +
+                              (logf(rows.sum[m][half]) + WEIGHT_SHIFT<T> * LN_2);
             }
         }
     }
-}
-
-__device__ Work find_work(const lf_attend_params &p, const Plan &plan)
-{
-    uint32_t i = blockIdx.x, skipped = 0, most = TILE_ROWS;
-    if (i >= plan.whole_items) {
-        skipped = (i - plan.whole_items) % 2 * (TILE_ROWS / 2);
-        i = plan.whole_items + (i - plan.whole_items) / 2;
-        most = TILE_ROWS / 2;
-    }
-    const uint32_t heads = uint32_t(p.heads), list_row = i % plan.row_items;
-    Work w;
-    w.head = i / plan.row_items % heads;
-    w.batch = i / plan.row_items / heads;
-    w.k = static_cast<const char *>(p.k.data) + 2 * (w.batch * p.k.batch + w.head * p.k.head);
-    w.v = static_cast<const char *>(p.v.data) + 2 * (w.batch * p.v.batch + w.head * p.v.head);
-    w.list = p.indices ? p.indices + i * p.max_count : nullptr;
-    w.entries = plan.entries;
-    if (p.indices) w.entries = uint32_t(min(max(p.counts[i], 0), int32_t(plan.entries)));
-    w.steps = ((w.entries << plan.steps_log2) + (1u << plan.pieces_log2) - 1) >> plan.pieces_log2;
-    w.first = int64_t(list_row) * plan.rows_per_item + skipped;
-    const int64_t rows = min(int64_t(plan.rows_per_item) - skipped, p.q_len - w.first);
-    w.count = uint32_t(min(max(rows, int64_t(0)), int64_t(most)));
-    return w;
 }
 
 template <typename T, int DIM>
@@ -553,11 +232,13 @@ __global__ void __launch_bounds__(THREADS, 1)
     attend_kernel(const __grid_constant__ lf_attend_params p, const __grid_constant__ Plan plan)
 {
     extern __shared__ __align__(1024) uint8_t smem[];
-    __shared__ Work work;
+    Work &work = *reinterpret_cast<Work *>(smem + plan.work_at);
     if (threadIdx.x == 0) work = find_work(p, plan);
     __syncthreads();
-    if (work.count > TILE_ROWS / 2) attend_rows<T, DIM, 4>(p, plan, work, smem);
-    else if (work.count > 0) attend_rows<T, DIM, 2>(p, plan, work, smem);
+    if (work.count > TILE_ROWS / 2)
+        attend_rows<T, DIM, 4>(p, plan, work, smem);
+    else if (work.count > 0)
+        attend_rows<T, DIM, 2>(p, plan, work, smem);
 }
 
 // ---- the variants that exist, all on one screen ----------------------------------------------
@@ -576,7 +257,7 @@ kernel_fn pick(lf_dtype dtype, int64_t dim)
 uint32_t shared_bytes(int64_t dim, uint32_t slots)
 {
     return uint32_t(dim * 2 * (TILE_ROWS + GROUPS * slots * STEP) +
-                    WARPS * WARP_ROWS * sizeof(RowStats));
+                    WARPS * WARP_ROWS * sizeof(RowStats) + sizeof(Work));
 }
 
 // ---- devices, asked once each -----------------------------------------------------------------
@@ -600,9 +281,9 @@ int prepare(int device, lf_error *err)
     for (const lf_dtype dtype : {LF_BF16, LF_F16})
         for (const int64_t dim : {64, 128}) {
             const uint32_t wanted = shared_bytes(dim, 4);
-            LF_CUDA_TRY(cudaFuncSetAttribute(
-                pick(dtype, dim), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                int64_t(wanted) <= shared ? wanted : shared_bytes(dim, 2)));
+            LF_CUDA_TRY(
+                cudaFuncSetAttribute(pick(dtype, dim), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     int64_t(wanted) <= shared ? wanted : shared_bytes(dim, 2)));
         }
     d.sms = sms;
     d.shared = shared;
@@ -619,14 +300,17 @@ int check_alignment(const lf_attend_params *p, lf_error *err)
         const char *name;
         const lf_tensor *x;
         int64_t length;
-    } tensors[] = {{"q", &p->q, p->q_len}, {"k", &p->k, p->k_len},
-                   {"v", &p->v, p->k_len}, {"out", &p->out, p->q_len}};
+    } tensors[] = {{"q", &p->q, p->q_len},
+                   {"k", &p->k, p->k_len},
+                   {"v", &p->v, p->k_len},
+                   {"out", &p->out, p->q_len}};
 
     for (const auto &t : tensors) {
         const struct {
             const char *name;
             int64_t size, stride;
-        } axes[] = {{"batch", p->batch, t.x->batch}, {"token", t.length, t.x->token},
+        } axes[] = {{"batch", p->batch, t.x->batch},
+                    {"token", t.length, t.x->token},
                     {"head", p->heads, t.x->head}};
         if (reinterpret_cast<uintptr_t>(t.x->data) % 16)
             return lf_fail(err, LF_UNSUPPORTED,
@@ -671,11 +355,12 @@ Plan make_plan(const lf_attend_params *p, const Device &device, int64_t *blocks)
     plan.steps_log2 = block_k > STEP;
     // Exact for j < 2^31: the error of magic, less than frame_blocks <= 2^k, times j < 2^(31 + k).
     plan.shift = uint32_t(31 + log2_of(plan.frame_blocks));
-    plan.magic = uint32_t(((uint64_t(1) << plan.shift) + plan.frame_blocks - 1) / plan.frame_blocks);
-    plan.scale_log2 = p->scale * 1.44269504088896f;
-    plan.most = FLT_MAX / fmaxf(plan.scale_log2 * 1.0001f, 1.0f);
+    plan.magic =
+        uint32_t(((uint64_t(1) << plan.shift) + plan.frame_blocks - 1) / plan.frame_blocks);
+    plan.scale_log2 = p->scale / LN_2;
     plan.slots = shared_bytes(p->dim, 4) <= uint32_t(device.shared) ? 4 : 2;
     plan.ring_bytes = uint32_t(plan.slots * STEP * p->dim * 2);
+    plan.work_at = shared_bytes(p->dim, plan.slots) - uint32_t(sizeof(Work));
 
     plan.rows_per_item = list ? uint32_t(p->block_q) : p->q_len <= 64 ? 64 : TILE_ROWS;
     plan.row_items = uint32_t(lf_ceil_div(p->q_len, plan.rows_per_item));
@@ -703,6 +388,21 @@ std::atomic<Choice> &choice()
 {
     static std::atomic<Choice> chosen(choice_named(getenv("LIGHTFORCING_KERNEL")));
     return chosen;
+}
+
+/* Whether the Hopper kernel takes this call; -1, with `err` filled, if it must and cannot. */
+int on_sm90(const lf_attend_params *p, int device, lf_error *err)
+{
+    lf_error reason;
+    switch (choice().load()) {
+    case PORTABLE: return 0;
+    case SM90: return lf_attend_sm90_can_run(p, device, err) ? 1 : -1;
+    case UNKNOWN:
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "LIGHTFORCING_KERNEL: expected auto, portable or sm90, got %.100s",
+                       getenv("LIGHTFORCING_KERNEL"));
+    default: return lf_attend_sm90_can_run(p, device, &reason);
+    }
 }
 
 }  // namespace
@@ -744,12 +444,13 @@ extern "C" int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_
                        (long long)p->block_k);
     if (p->batch == 0 || p->heads == 0 || p->q_len == 0) return 0;
     if (p->k_len >= int64_t(1) << 31 ||
-        p->batch * p->heads * lf_ceil_div(p->q_len, p->indices ? p->block_q : 1) >=
-            int64_t(1) << 30)
-        return lf_fail(err, LF_UNSUPPORTED,
-                       "block_sparse_attention: the CUDA kernel takes fewer than 2^31 keys and 2^30 "
-                       "lists, got Lk = %lld and B H Lq = %lld",
-                       (long long)p->k_len, (long long)(p->batch * p->heads * p->q_len));
+        p->batch * p->heads * lf_ceil_div(p->q_len, p->indices ? p->block_q : 1) >= int64_t(1)
+                                                                                        << 30)
+        return lf_fail(
+            err, LF_UNSUPPORTED,
+            "block_sparse_attention: the CUDA kernel takes fewer than 2^31 keys and 2^30 "
+            "lists, got Lk = %lld and B H Lq = %lld",
+            (long long)p->k_len, (long long)(p->batch * p->heads * p->q_len));
     if (place.device >= MOST_DEVICES)
         return lf_fail(err, LF_UNSUPPORTED,
                        "block_sparse_attention: the CUDA kernels know devices 0 to %d, got %d",
@@ -764,21 +465,6 @@ extern "C" int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_
     kernel<<<unsigned(blocks), THREADS, shared_bytes(p->dim, plan.slots), stream>>>(*p, plan);
     LF_CUDA_TRY(cudaGetLastError());
     return 0;
-}
-
-/* Whether the Hopper kernel takes this call; -1, with `err` filled, if it must and cannot. */
-static int on_sm90(const lf_attend_params *p, int device, lf_error *err)
-{
-    lf_error reason;
-    switch (choice().load()) {
-    case PORTABLE: return 0;
-    case SM90: return lf_attend_sm90_can_run(p, device, err) ? 1 : -1;
-    case UNKNOWN:
-        return lf_fail(err, LF_UNSUPPORTED,
-                       "LIGHTFORCING_KERNEL: expected auto, portable or sm90, got %.100s",
-                       getenv("LIGHTFORCING_KERNEL"));
-    default: return lf_attend_sm90_can_run(p, device, &reason);
-    }
 }
 
 extern "C" int64_t lf_attend_cuda_workspace(const lf_attend_params *p, int device)
