@@ -25,6 +25,7 @@ constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 template <int DIM> struct PairShared {
     uint4 tiles[PAIR_STAGES][PAIR_TILES * SPLIT_TILE<DIM>];
     float factors[PAIR_STAGES][PAIR_TILES * 8];
+    float4 tokens[PAIR_BLOCKS];  // n_b of the parts of a key block; 0: no such part
 };
 
 /* Query tiles [first, first + count) of a (batch, head) into a stage. */
@@ -42,8 +43,7 @@ __device__ __forceinline__ void fetch_tiles(const Selection &s, int64_t first, i
 /* The parts of one key block, as rows g and g + 8 of two 16-row operands. */
 template <int DIM> struct KeyOperands {
     uint32_t hi[2][DIM / 16][4], hi8[2][DIM / 32][4], lo8[2][DIM / 32][4];
-    float factor;     // 2^e
-    float tokens[4];  // n_b; 0: no such part
+    float factor;  // 2^e
 };
 
 __device__ __forceinline__ void load8(const float *from, bool vectors, float (&x)[8])
@@ -62,16 +62,18 @@ __device__ __forceinline__ void load8(const float *from, bool vectors, float (&x
 /* Key block j into operands: 8 elements of each of 4 parts a k-step. A part that does not exist
  * repeats the last one, so that it is NaN only where a real one is. */
 template <int DIM>
-__device__ __forceinline__ void load_keys(const Selection &s, int bh, int j, KeyOperands<DIM> &keys)
+__device__ __forceinline__ void load_keys(const Selection &s, int bh, int j, KeyOperands<DIM> &keys,
+                                          float4 *tokens)
 {
     const int frame = j / s.frame_blocks, b = j % s.frame_blocks, t = threadIdx.x % 4;
     const bool given = frame < s.p.means_frames, vectors = !given || s.means_vectors;
     const float *row[4];
+    float n[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int start;
         const int part = min(4 * b + i, s.frame_parts - 1);
-        keys.tokens[i] = float(max(key_part_tokens(s, b, i, &start), 0));
+        n[i] = float(max(key_part_tokens(s, b, i, &start), 0));
         if (given) {
             row[i] = given_mean(s, bh, int64_t(frame) * s.frame_parts + part);
         } else {
@@ -79,6 +81,8 @@ __device__ __forceinline__ void load_keys(const Selection &s, int bh, int j, Key
             row[i] = s.k_means + (new_frame * s.frame_parts + part) * s.dim;
         }
     }
+
+    if (t == 0) *tokens = make_float4(n[0], n[1], n[2], n[3]);
 
     float largest = 0.0f;
 #pragma unroll
@@ -169,10 +173,10 @@ __device__ __forceinline__ void multiply(const KeyOperands<DIM> &keys, const uin
 
 /* The log-sum-exp where a logit is NaN, infinite or large: NaN counts as absent and sets bit 0,
  * infinities as the largest finite float. */
-__device__ __noinline__ float odd_log_sum_exp(float4 x, float4 tokens, float q_factor,
+__device__ __noinline__ float odd_log_sum_exp(float4 x, const float4 *tokens, float q_factor,
                                               float k_factor)
 {
-    float logit[4] = {x.x, x.y, x.z, x.w}, n[4] = {tokens.x, tokens.y, tokens.z, tokens.w};
+    float logit[4] = {x.x, x.y, x.z, x.w}, n[4] = {tokens->x, tokens->y, tokens->z, tokens->w};
     float most = -FLT_MAX, sum = 0.0f;
     bool any_nan = false;
     for (int i = 0; i < 4; i++) {
@@ -191,7 +195,7 @@ __device__ __noinline__ float odd_log_sum_exp(float4 x, float4 tokens, float q_f
 }
 
 /* log sum_i n_i exp(factor x_i), bit 0 clear. */
-__device__ __forceinline__ float log_sum_exp(const float (&x)[4], const float (&tokens)[4],
+__device__ __forceinline__ float log_sum_exp(const float (&x)[4], const float4 *tokens,
                                              float q_factor, float k_factor)
 {
     const float factor = q_factor * k_factor, factor2 = factor * LOG2_E;
@@ -199,13 +203,12 @@ __device__ __forceinline__ float log_sum_exp(const float (&x)[4], const float (&
     const float most = largest * factor, most2 = largest * factor2;
     // A large maximum is rounded by more than exp2's argument can bear.
     if (isnan(x[0]) || isnan(x[1]) || isnan(x[2]) || isnan(x[3]) || !(fabsf(most2) < 0x1p20f))
-        return odd_log_sum_exp(make_float4(x[0], x[1], x[2], x[3]),
-                               make_float4(tokens[0], tokens[1], tokens[2], tokens[3]), q_factor,
-                               k_factor);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        sum = fmaf(tokens[i], ex2_approx_ftz(fmaf(x[i], factor2, -most2)), sum);
+        return odd_log_sum_exp(make_float4(x[0], x[1], x[2], x[3]), tokens, q_factor, k_factor);
+    const float4 n = *tokens;
+    float sum = n.x * ex2_approx_ftz(fmaf(x[0], factor2, -most2));
+    sum = fmaf(n.y, ex2_approx_ftz(fmaf(x[1], factor2, -most2)), sum);
+    sum = fmaf(n.z, ex2_approx_ftz(fmaf(x[2], factor2, -most2)), sum);
+    sum = fmaf(n.w, ex2_approx_ftz(fmaf(x[3], factor2, -most2)), sum);
     const float result = fmaf(LN_2, lg2_approx_ftz(sum), most);
     return __uint_as_float(__float_as_uint(result) & ~1u);
 }
@@ -223,7 +226,7 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
     const int first = int(int64_t(tiles) * range / ranges);
     const int last = int(int64_t(tiles) * (range + 1) / ranges);
     const int64_t tile0 = int64_t(bh) * tiles;
-    const int j = chunk * PAIR_BLOCKS + warp / 2 * 8 + lane / 4;
+    const int own = warp / 2 * 8 + lane / 4, j = chunk * PAIR_BLOCKS + own;
 
     auto fetch = [&](int tile) {
         if (tile < last)
@@ -238,7 +241,7 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
         min((chunk + 1) * PAIR_BLOCKS, s.blocks) > int(s.p.means_frames) * s.frame_blocks;
     KeyOperands<DIM> keys;
     if (reads_new) grid_dependency_wait();
-    load_keys(s, bh, min(j, s.blocks - 1), keys);
+    load_keys(s, bh, min(j, s.blocks - 1), keys, &shared.tokens[own]);
     grid_dependency_wait();
     fetch(first);
     fetch(first + PAIR_TILES);
@@ -256,9 +259,10 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
             multiply(keys, &shared.tiles[stage][i * SPLIT_TILE<DIM>], lane, x);
             const float2 q_factor =
                 *reinterpret_cast<const float2 *>(&shared.factors[stage][i * 8 + lane % 4 * 2]);
+            const float4 *tokens = &shared.tokens[own];
             const int a = (at + i) * 8 + lane % 4 * 2;
-            const float y0 = log_sum_exp(x[0], keys.tokens, q_factor.x, keys.factor);
-            const float y1 = log_sum_exp(x[1], keys.tokens, q_factor.y, keys.factor);
+            const float y0 = log_sum_exp(x[0], tokens, q_factor.x, keys.factor);
+            const float y1 = log_sum_exp(x[1], tokens, q_factor.y, keys.factor);
             float *to = s.logits + (int64_t(bh) * s.q_parts + a) * s.padded_blocks + j;
             if (j < s.blocks && a < s.q_parts) to[0] = y0;
             if (j < s.blocks && a + 1 < s.q_parts) to[s.padded_blocks] = y1;
