@@ -1,0 +1,205 @@
+"""Rows of the GPU benchmark beyond one attention: selection, whole videos, host time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from _gpu_rows import DEVICE, Truth, draw, qkv, sdpa
+from timing import L2Flush, Work, host_us
+from torch.nn.attention import SDPBackend
+
+import lightforcing as lf
+from lightforcing import report
+from lightforcing.models import CausalWan, WanConfig
+
+
+def torch_selection(g, q, k, k_means, kept):
+    """The paper's scores in torch operations: pool the new tokens, product, top-k, sort."""
+    rows, per_frame = -(-g.q_len // 128), -(-g.frame_tokens // 64)
+    past = g.k_frames - g.q_frames
+
+    def run():
+        padded = F.pad(q[0].float(), (0, 0, 0, 0, 0, rows * 128 - g.q_len))
+        q_means = padded.view(rows, 128, g.heads, g.dim).mean(1)
+        new = k[0, past * g.frame_tokens :].float().view(g.q_frames, -1, g.heads, g.dim)
+        new = F.pad(new, (0, 0, 0, 0, 0, per_frame * 64 - g.frame_tokens))
+        new = new.view(g.q_frames * per_frame, 64, g.heads, g.dim).mean(1)
+        means = torch.cat([k_means[0], new])
+        scores = torch.einsum("rhd,jhd->hrj", q_means, means)
+        return scores.topk(kept, dim=-1).indices.sort(dim=-1).values
+
+    return run
+
+
+def selection_group(g, *, density=0.10):
+    """Selection with the past's means given: hot, right after q and k were written, and cold."""
+    q, k, _ = qkv(g)
+    new = k[:, (g.k_frames - g.q_frames) * g.frame_tokens :]
+    flush, works = L2Flush(), []
+
+    def write():  # one kernel that reads and writes q and the chunk's keys, as RoPE does
+        torch._foreach_mul_([q, new], 1.0)
+
+    for score, hierarchy in (("mean", True), ("mass", False)):
+        part = 64 if score == "mean" else 16
+        past = lf.compress(k[:, : k.shape[1] - new.shape[1]], g.frame_tokens, block=part)
+        options = dict(
+            frame_tokens=g.frame_tokens, sparsity=1 - density, score=score, hierarchy=hierarchy
+        )
+
+        def run(options=options, past=past):
+            return lf.select_blocks(q, k, **options, k_means=past)
+
+        def check(run=run, options=options):
+            """Share of rows that differ from the CPU's; mean must agree, mass up to near ties."""
+            mine = run().indices.cpu()
+            theirs = lf.select_blocks(q.cpu(), k.cpu(), **options).indices
+            differ = (mine != theirs).any(-1).float().mean().item()
+            if differ > (0 if options["score"] == "mean" else 0.01):
+                raise AssertionError(f"{differ:.2%} of the lists differ from the CPU's")
+            return differ
+
+        case = f"{g.name} select"
+        works += [
+            Work(case, f"{score} hot", run, check=check, host=True),
+            Work(case, f"{score} after write", run, prelude=write),
+            Work(case, f"{score} cold", run, prelude=flush),
+            Work(
+                case, f"{score} hot, pool all", lambda options=options: lf.select_blocks(
+                    q, k, **options)
+            ),
+        ]  # fmt: skip
+        if score == "mean":
+            kept = max(1, int(density * g.k_frames * -(-g.frame_tokens // 64) + 1e-9))
+            run = torch_selection(g, q, k, past, kept)
+            works.append(Work(case, "mean hot, torch operations", run))
+    works.append(Work(f"{g.name} select", "the write alone", write, note="in `after write` rows"))
+    return works
+
+
+def video_group(frames, *, presets=("paper", "fast"), chunk=3, tokens=1560, heads=12):
+    """All self-attention calls of one layer and one pass over a video, selection included.
+
+    Calls are those of a patched model: the chunk's own keys are pooled into a buffer of means,
+    then selected from, then attended. The first chunk is dense: by our kernel, and in a row of
+    its own by cuDNN, which a patched model runs there.
+    """
+    q, k, v = (draw(frames * tokens, heads, seed=i) for i in range(3))
+
+    def slices(end):
+        rows = slice((end - chunk) * tokens, end * tokens)
+        return q[:, rows], k[:, : end * tokens], v[:, : end * tokens]
+
+    ends = range(chunk, frames + 1, chunk)
+    calls = [sdpa(*slices(end), SDPBackend.CUDNN_ATTENTION) for end in ends]
+    pairs = heads * chunk * tokens * tokens * sum(ends)
+    case = f"video {frames} frames"
+    runs = {"dense cuDNN": (lambda: [call() for call in calls][-1], 4 * 128 * pairs)}
+    last = Truth(*slices(frames))
+    works = []
+    for preset in presets:
+        steps, kept = _preset_calls(preset, frames, chunk, tokens, slices, k)
+        share = sum(kept) / sum(ends)
+        runs[f"{preset}, selection included"] = (
+            lambda steps=steps: [step() for step in steps][-1],
+            4 * 128 * pairs * share,
+        )
+        if frames == 21:
+            runs[f"{preset}, first chunk by cuDNN"] = (
+                lambda steps=steps: (calls[0](), *[step() for step in steps[1:]])[-1],
+                4 * 128 * pairs * share,
+            )
+    for name, (run, flops) in runs.items():
+        check = last.check(run) if name == "dense cuDNN" else None
+        works.append(Work(case, name, run, flops, calls=1 if frames > 21 else 3, check=check))
+    return works
+
+
+def _preset_calls(preset, frames, chunk, tokens, slices, k):
+    """One function a chunk, and the kept share of each chunk times its frames."""
+    config = lf.Config.preset(preset)
+    rows = report.plan(config, num_frames=frames, frames_per_chunk=chunk, frame_tokens=tokens).rows
+    part = config.block_k if config.score == "mean" else config.block_k // 4
+    per_frame = -(-tokens // part)
+    means = torch.empty(1, frames * per_frame, *k.shape[2:], device=DEVICE)
+    lf.compress(k, tokens, block=part, out=means)
+
+    def step(row):
+        end = row["last_frame"] + 1
+        q_, k_, v_ = slices(end)
+        if row["kept"] >= row["blocks"]:
+            return lambda: lf.block_sparse_attention(q_, k_, v_)
+        fresh = means[:, (end - chunk) * per_frame : end * per_frame]
+        options = dict(
+            frame_tokens=tokens,
+            sparsity=row["sparsity"],
+            score=config.score,
+            hierarchy=config.hierarchy,
+            keep_frames=config.keep_frames,
+            sink_frames=config.sink_frames,
+            near_frames=config.near_frames,
+        )
+
+        def run():
+            lf.compress(k_[:, (end - chunk) * tokens :], tokens, block=part, out=fresh)
+            blocks = lf.select_blocks(q_, k_, **options, k_means=means[:, : end * per_frame])
+            return lf.block_sparse_attention(q_, k_, v_, blocks)
+
+        return run
+
+    return [step(row) for row in rows], [r["density"] * (r["last_frame"] + 1) for r in rows]
+
+
+# ---- host time ----------------------------------------------------------------------
+
+
+def host_rows():
+    """Host microseconds of one forward of a one-layer model: plain, and patched (sparse call).
+
+    Returns:
+        rows ``{"case", "kernel", "host_us"}``; their difference is what a patch costs a call,
+        the dense call that it replaces taken off.
+    """
+    config = WanConfig.named("tiny", dim=256, num_heads=2, num_layers=1)
+    model = CausalWan(config, seed=0, dtype=torch.bfloat16, device=DEVICE).eval()
+    model.num_frame_per_block = 3
+    size = (16, 32)  # 128 tokens a frame: the device is never what is waited for
+    cache = model.new_cache(12, *size)
+    x = torch.randn(1, config.in_dim, 3, *size, device=DEVICE).to(torch.bfloat16)
+    context = None
+    rows = []
+
+    def forward(start=9):
+        return model(x, 500.0, context, cache=cache, start_frame=start)
+
+    with torch.no_grad():
+        for start in (0, 3, 6, 9):
+            forward(start)
+        plain = host_us(forward)
+        rows.append({"case": "host", "kernel": "1-layer forward, plain", "host_us": plain})
+        for preset in ("paper", "fast"):
+            with lf.patched(model, preset, strict=True) as handle:
+                for start in (0, 3, 6, 9):
+                    forward(start)
+                spent = host_us(forward)
+                assert handle.stats()["sparse_calls"] > 0
+            name = f"1-layer forward, {preset}"
+            rows.append({"case": "host", "kernel": name, "host_us": spent})
+            rows.append(
+                {"case": "host", "kernel": f"patched call, {preset}: extra over dense",
+                 "host_us": spent - plain}
+            )  # fmt: skip
+    q, k, v = (
+        torch.randn(1, n, 2, 128, device=DEVICE).to(torch.bfloat16) for n in (384, 1536, 1536)
+    )
+    dense = host_us(sdpa_default(q, k, v))
+    rows.append({"case": "host", "kernel": "torch SDPA call", "host_us": dense})
+    return rows
+
+
+def sdpa_default(q, k, v):
+    def run():
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2)
+
+    return run
