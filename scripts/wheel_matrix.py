@@ -3,8 +3,8 @@
     python scripts/wheel_matrix.py [--build-only] [--python PATH ...] [--json FILE]
 
 Without --python the interpreters python3.10 to python3.13 of PATH, or of pyenv, are taken; one that
-is missing is named and fails the run. Each row installs the wheel and one NumPy, nothing else, and runs the
-smoke test below from an empty folder; one more row has torch. The table also goes to
+is missing is named and fails the run. Each row installs the wheel and one NumPy, nothing else, and
+runs the smoke test below from an empty folder; one more row has torch. The table also goes to
 benchmarks/results/wheel-matrix-<date>.txt.
 """
 
