@@ -74,8 +74,8 @@ print(json.dumps({"numpy": np.__version__, "isa": lf.info()["isa"], "import_ms":
 
 ASK_VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 IMPORT = (
-    "import numpy, time; start = time.perf_counter(); import lightforcing; "
-    "print((time.perf_counter() - start) * 1e3)"
+    "import numpy, time; start = time.process_time(); import lightforcing; "
+    "print((time.process_time() - start) * 1e3)"
 )
 
 
@@ -116,7 +116,7 @@ def build_wheel():
 
 
 def try_row(python, requirements, wheel, folder):
-    """One venv: install, smoke test, import cost beyond NumPy (median of 9 processes)."""
+    """One venv: install, smoke test, import cost (median of 9 processes)."""
     venv = Path(folder) / "venv"
     run(python, "-m", "venv", "--clear", venv)
     own = venv / "bin" / "python"
@@ -198,7 +198,7 @@ def main():
     text = [
         f"$ python scripts/wheel_matrix.py    # {datetime.date.today()}, {platform.machine()}",
         head,
-        "import: cost of `import lightforcing` beyond `import numpy`, median of 9 processes",
+        "import: processor time of `import lightforcing` after `import numpy`, median of 9 processes",
         columns,
         *map(line, rows),
     ]
