@@ -5,8 +5,14 @@ what its forward returns. T = 20 tokens a frame (4 x 5), 2 heads of 16, so that 
 a frame is one full and one short block.
 """
 
+import gc
+import inspect
+
+import pytest
 import torch
 from torch import nn
+
+from lightforcing import hook
 
 HEIGHT, WIDTH = 4, 5
 T = HEIGHT * WIDTH
@@ -216,3 +222,19 @@ def rollout(model, chunks=5, *, frames=3, steps=2, cache=None, batch=1, seed=1, 
             x = model(x, kv_cache=cache, current_start=begin * T, **extra)
         out.append(x)
     return torch.cat(out, 1)
+
+
+def attentions(model):
+    """The layers that patch should find, first layer first."""
+    return [block.self_attn for block in model.blocks]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """Every test unpatches what it patched; copies that died count as unpatched."""
+    yield
+    gc.collect()
+    hook._sweep()
+    assert not hook._shims
+    assert hook.local.visit is None and hook.local.dense == 0
+    assert inspect.isfunction(attention)

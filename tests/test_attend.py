@@ -193,6 +193,21 @@ def test_huge_logits(isa, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_overflowing_logits_make_no_nan(isa, dtype):
+    """They are clamped to the finite floats, also where +inf and -inf would have met."""
+    big = torch.finfo(dtype).max
+    (v,) = draw((1, 150, 2, 32), dtype=dtype, seed=1)
+    for seed in range(4):
+        q, k = draw((1, 40, 2, 32), (1, 150, 2, 32), dtype=dtype, seed=seed)
+        q[:, ::3], k[:, ::2] = q[:, ::3].sign() * big, k[:, ::2].sign() * big
+        keep = random_map(q, k, 50, 16, 32, 0.6, seed)
+        for blocks in None, block_list(keep, q, k, 50, 16, 32):
+            out, lse = lf.block_sparse_attention(q, k, v, blocks, return_lse=True)
+            assert torch.isfinite(out).all() and not torch.isnan(lse).any()
+            assert out.abs().max() <= v.abs().max() * (1 + 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_of_any_size(isa, dtype):
     q, k, v = draw((1, 9, 1, 16), (1, 50, 1, 16), (1, 50, 1, 16), dtype=dtype)
     for factor in 1e-4, 1e4:

@@ -118,9 +118,10 @@ def assert_flat(functions, watched, rounds):
     gc.collect()
     grown, more_blocks = resident_bytes() - before, sys.getallocatedblocks() - blocks
     assert [sys.getrefcount(x) for x in watched] == references
-    # One leaked object a call would be `rounds` blocks, one leaked 64-byte buffer 64 a round.
-    assert more_blocks < rounds // 100, f"{more_blocks} more Python objects"
-    assert grown < max(rounds * 16, 1 << 20), f"{grown / 2**20:.1f} MiB more resident memory"
+    # One object leaked by one of six functions would be rounds / 6. The interpreter itself
+    # makes some (a few hundred) while it specialises.
+    assert more_blocks < rounds // 20, f"{more_blocks} more Python objects"
+    assert grown < 1 << 20, f"{grown / 2**20:.1f} MiB more resident memory"
 
 
 # The share of each kind: those that cost more Python time get fewer calls.
