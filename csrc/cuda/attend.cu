@@ -425,6 +425,7 @@ extern "C" int lf_attend_portable_warmup(lf_error *err)
 extern "C" int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_error *err)
 {
     const kernel_fn kernel = pick(p->dtype, p->dim);
+    const bool list = p->indices != nullptr;
 
     if (p->dtype == LF_F32)
         return lf_fail(err, LF_UNSUPPORTED,
@@ -434,23 +435,21 @@ extern "C" int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_
         return lf_fail(err, LF_UNSUPPORTED,
                        "block_sparse_attention: on CUDA D is 64 or 128, got %lld",
                        (long long)p->dim);
-    if (p->indices && (p->block_q < 1 || p->block_q > TILE_ROWS))
+    if (list && (p->block_q < 1 || p->block_q > TILE_ROWS))
         return lf_fail(err, LF_UNSUPPORTED,
                        "block_sparse_attention: on CUDA block_q is at most %u, got %lld", TILE_ROWS,
                        (long long)p->block_q);
-    if (p->indices && p->block_k != 16 && p->block_k != 32 && p->block_k != 64 && p->block_k != 128)
+    if (list && p->block_k != 16 && p->block_k != 32 && p->block_k != 64 && p->block_k != 128)
         return lf_fail(err, LF_UNSUPPORTED,
                        "block_sparse_attention: on CUDA block_k is 16, 32, 64 or 128, got %lld",
                        (long long)p->block_k);
     if (p->batch == 0 || p->heads == 0 || p->q_len == 0) return 0;
-    if (p->k_len >= int64_t(1) << 31 ||
-        p->batch * p->heads * lf_ceil_div(p->q_len, p->indices ? p->block_q : 1) >= int64_t(1)
-                                                                                        << 30)
-        return lf_fail(
-            err, LF_UNSUPPORTED,
-            "block_sparse_attention: the CUDA kernel takes fewer than 2^31 keys and 2^30 "
-            "lists, got Lk = %lld and B H Lq = %lld",
-            (long long)p->k_len, (long long)(p->batch * p->heads * p->q_len));
+    const int64_t lists = p->batch * p->heads * lf_ceil_div(p->q_len, list ? p->block_q : 64);
+    if (p->k_len >> 31 || lists >> 30)
+        return lf_fail(err, LF_UNSUPPORTED,
+                       "block_sparse_attention: on CUDA Lk is below 2^31 and the number of query "
+                       "blocks below 2^30, got %lld and %lld",
+                       (long long)p->k_len, (long long)lists);
     if (place.device >= MOST_DEVICES)
         return lf_fail(err, LF_UNSUPPORTED,
                        "block_sparse_attention: the CUDA kernels know devices 0 to %d, got %d",
