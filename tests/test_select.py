@@ -148,10 +148,12 @@ def test_ties_go_to_the_lower_index(isa, score):
 
 
 def test_minus_zero_ties_with_plus_zero(isa):
-    q, k = torch.ones(1, 16, 1, 8), torch.zeros(1, 8 * 16, 1, 8)
-    k[0, :64] = -0.0  # block scores are -0 in the first half, +0 in the second
+    # Products of 1e-60 round to a zero that keeps its sign: -0 in the first half, +0 after it.
+    q, k = torch.full((1, 16, 1, 8), 1e-30), torch.full((1, 8 * 16, 1, 8), 1e-30)
+    k[0, :64] = -1e-30
     options = dict(frame_tokens=16, sparsity=0.7, block_q=16, block_k=16)
-    assert select(q, k, **options, hierarchy=False)[0][0, 0, 0].tolist() == [0, 1]
+    kept, scores = select(q, k, **options, hierarchy=False)
+    assert (scores == 0).all() and kept[0, 0, 0].tolist() == [0, 1]
     assert select(q, k.flip(1), **options, hierarchy=False)[0][0, 0, 0].tolist() == [0, 1]
     # Frames 0 (sink), 1 (lowest tie), 6 (near) and 7: three past frames may be kept.
     kept, _ = select(q, k, **{**options, "sparsity": 0.5}, keep_frames=3, near_frames=1)
