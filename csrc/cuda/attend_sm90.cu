@@ -49,8 +49,7 @@ __device__ __forceinline__ Item take_item(Shared &s, const Params &p, int &i, in
 __device__ __forceinline__ void my_turn(int group) { bar_sync(1 + group, CONSUMERS); }
 __device__ __forceinline__ void your_turn(int group) { bar_arrive(2 - group, CONSUMERS); }
 
-template <typename T>
-__device__ __forceinline__ void consume(Shared &s, const Params &p, int group)
+template <typename T> __device__ __forceinline__ void consume(Shared &s, const Params &p, int group)
 {
     const bool lead = threadIdx.x % 128 == 0;
     float logits[64], o[64], alpha[2];

@@ -20,7 +20,7 @@ constexpr int PLANE = STEP * HALF * 2;  // bytes of one 64-column half of K or V
 constexpr uint32_t ALL_VALID = 64u | 64u << 16;
 
 struct Item {
-    int steps;   // of this item; -1: there is no more
+    int steps;  // of this item; -1: there is no more
     int tile;
     int pieces;  // 0: a whole tile; -1: a piece to hand over; n: the first piece, n others follow
 };
@@ -45,8 +45,8 @@ struct Params {
     int64_t max_count;
     int heads, q_tiles, tiles, q_len, k_len;
     int frame_tokens, frame_blocks, blocks;
-    int whole_waves;   // full tiles that every CTA takes
-    int rest;          // tiles after those, cut into pieces for `cutters` CTAs
+    int whole_waves;  // full tiles that every CTA takes
+    int rest;         // tiles after those, cut into pieces for `cutters` CTAs
     int cutters;
     int list_steps;    // steps of the longest list
     float *sums;       // [cutters][2 warpgroups][64 + 4][128 threads]
@@ -57,7 +57,7 @@ struct Params {
 constexpr int SUMS = 2 * 68 * 128;  // floats of one CTA's piece
 
 /* Where the pieces of the last wave begin, in steps over all its tiles. */
-__device__ __forceinline__ int piece_start(const Params &p, int piece)
+__device__ __forceinline__ int piece_begin(const Params &p, int piece)
 {
     return int(int64_t(p.rest) * p.list_steps * piece / p.cutters);
 }
@@ -75,25 +75,24 @@ __device__ __forceinline__ bool item_at(const Params &p, int i, Item *item, int 
     if (int(blockIdx.x) >= p.cutters) return false;
 
     const int piece = p.cutters - 1 - int(blockIdx.x);
-    const int end = piece_start(p, piece + 1);
-    int start = piece_start(p, piece);
-    if (i > p.whole_waves) start = (start / p.list_steps + 1) * p.list_steps;  // its second tile
-    if (i > p.whole_waves + 1 || start >= end) return false;
-    const int tile = start / p.list_steps, tile_end = (tile + 1) * p.list_steps;
-    *first = start % p.list_steps;
+    const int end = piece_begin(p, piece + 1);
+    int begin = piece_begin(p, piece);                                         // in steps
+    if (i > p.whole_waves) begin = (begin / p.list_steps + 1) * p.list_steps;  // its second tile
+    if (i > p.whole_waves + 1 || begin >= end) return false;
+    const int tile = begin / p.list_steps, tile_end = (tile + 1) * p.list_steps;
+    *first = begin % p.list_steps;
     item->tile = p.whole_waves * gridDim.x + tile;
-    item->steps = min(end, tile_end) - start;
+    item->steps = min(end, tile_end) - begin;
     if (*first > 0) {
         item->pieces = -1;
     } else {
-        for (int next = piece + 1; next < p.cutters && piece_start(p, next) < tile_end; next++)
+        for (int next = piece + 1; next < p.cutters && piece_begin(p, next) < tile_end; next++)
             item->pieces++;
     }
     return true;
 }
 
-/* ---- producer: one warp, lane 0 issues ---------------------------------------------------------
- */
+/* ---- producer: one warp, lane 0 issues ---- */
 
 struct Maps {
     const CUtensorMap *q, *k, *v;
@@ -102,14 +101,14 @@ struct Maps {
 __device__ __forceinline__ void load_q(Shared &s, const Params &p, const Maps &maps, int tile,
                                        int buffer)
 {
-    const int row = tile % p.q_tiles * TILE, bh = tile / p.q_tiles;
+    const int m = tile % p.q_tiles, bh = tile / p.q_tiles;
     const uint32_t target = smem_address(s.q[buffer]);
 
     mbarrier_arrive_expect_tx(&s.q_full[buffer], 4 * BOX);
     for (int w = 0; w < 2; w++)
         for (int x = 0; x < 2; x++)
             tma_load_4d(target + (w * 2 + x) * BOX, maps.q, &s.q_full[buffer], x * HALF,
-                        bh % p.heads, row + w * HALF, bh / p.heads);
+                        bh % p.heads, m * TILE + w * HALF, bh / p.heads);
 }
 
 __device__ __forceinline__ void load_slots(uint32_t target, const CUtensorMap *map,
@@ -186,24 +185,24 @@ __device__ __forceinline__ void produce(Shared &s, const Params &p, const Maps &
 
         const int bh = item.tile / p.q_tiles, head = bh % p.heads, batch = bh / p.heads;
         for (int base = begin; base < end; base += 32) {
-            int start, valid;
+            int key, valid;  // key: 32-bit, as the copy engine's coordinates are
             const int at = base + lane;
             if (p.indices) {
                 int index = now.index;
                 if (base > begin) index = at < end ? p.indices[item.tile * p.max_count + at] : -1;
-                locate(p, at < end ? index : -1, &start, &valid);
+                locate(p, at < end ? index : -1, &key, &valid);
             } else {
-                start = at * HALF;
-                valid = max(0, min(HALF, p.k_len - start));
+                key = at * HALF;
+                valid = max(0, min(HALF, p.k_len - key));
             }
             const int here = min(32, end - base);
             for (int j = 0; j < here; j += 2, step++) {
                 const int stage = step % STAGES;
                 const uint32_t parity = step / STAGES & 1;
-                const int first = __shfl_sync(~0u, start, j), keys = __shfl_sync(~0u, valid, j);
+                const int first = __shfl_sync(~0u, key, j), keys = __shfl_sync(~0u, valid, j);
                 // An odd list's last slot repeats the block before it, with no valid key.
                 const int pair = j + 1 < here ? j + 1 : j;
-                const int second = __shfl_sync(~0u, start, pair);
+                const int second = __shfl_sync(~0u, key, pair);
                 const int more_keys = pair == j ? 0 : __shfl_sync(~0u, valid, pair);
                 mbarrier_wait(&s.k_empty[stage], parity ^ 1);
                 if (lane == 0) {

@@ -6,8 +6,7 @@
 
 namespace {
 
-/* ---- consumers: two warpgroups -----------------------------------------------------------------
- */
+/* ---- consumers: two warpgroups ---- */
 
 /* Rows of a thread: lane / 4 and lane / 4 + 8 of its warp's 16; element i is row (i >> 1) & 1,
  * column 8 * (i / 4) + 2 * (lane % 4) + (i & 1). */
@@ -87,8 +86,7 @@ __device__ __forceinline__ void softmax(float (&s)[64], RowState &state, float (
     for (int r = 0; r < 2; r++) {
         float high = state.max[r];
 #pragma unroll
-        for (int i = 0; i < 64; i += 4)
-            high = fmaxf(high, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
+        for (int i = 0; i < 64; i += 4) high = fmaxf(high, fmaxf(s[i + 2 * r], s[i + 2 * r + 1]));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 2));
         high = fminf(high, FLT_MAX);
@@ -150,12 +148,12 @@ __device__ __forceinline__ void store(const Params &p, float (&o)[64], const Row
 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const int row = first + 8 * r;
+        const int64_t row = first + 8 * r;
         float sum = state.sum[r];
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        T *line = out + int64_t(row) * p.out_token + lane % 2 * 8 + lane % 4 / 2 * 4;
+        T *line = out + row * p.out_token + lane % 2 * 8 + lane % 4 / 2 * 4;
 #pragma unroll
         for (int i = 0; i < 64; i += 8) {
             const uint32_t low = pack2<T>(o[i + 2 * r] * inverse, o[i + 2 * r + 1] * inverse);
@@ -183,9 +181,9 @@ __device__ __forceinline__ void store_nothing(const Params &p, const Item &item,
     T *out = static_cast<T *>(p.out) + bh / p.heads * p.out_batch + bh % p.heads * p.out_head;
 
     for (int i = lane; i < HALF * DIM / 8; i += 128) {
-        const int row = first + i / (DIM / 8);
+        const int64_t row = first + i / (DIM / 8);
         if (row < p.q_len)
-            *reinterpret_cast<uint4 *>(out + int64_t(row) * p.out_token + i % (DIM / 8) * 8) =
+            *reinterpret_cast<uint4 *>(out + row * p.out_token + i % (DIM / 8) * 8) =
                 make_uint4(0, 0, 0, 0);
     }
     if (p.lse && lane < HALF && first + lane < p.q_len)

@@ -417,7 +417,8 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
     p.dtype = q.dtype;
     if (place.device >= 0) {
         LF_DIM(dims, 'W') = lf_ceil_div(lf_attend_cuda_workspace(&p, place.device), 4);
-        if (lf_borrow_out(NULL, args[5], "workspace", "W", LF_I32, &dims, &workspace) < 0) goto done;
+        if (lf_borrow_out(NULL, args[5], "workspace", "W", LF_I32, &dims, &workspace) < 0)
+            goto done;
     }
     Py_BEGIN_ALLOW_THREADS
     status = place.device < 0 ? lf_attend_cpu(&p, &err)
