@@ -62,6 +62,7 @@ PyObject *py_compress(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     if (lf_arguments("compress", 6, nargs) < 0) goto done;
     if (lf_borrow(args[0], "x", &x) < 0 || lf_shape(&x, "BLHD", &dims) < 0) goto done;
     if (lf_is_float(&x) < 0) goto done;
+    if (lf_placed("compress", 1, (const lf_arg *[]){&x}, args[5], &place) < 0) goto done;
     if (head_size(&x, LF_DIM(dims, 'D')) < 0) goto done;
     if (lf_integer(args[3], "frame_tokens", 1, INT32_MAX, &p.frame_tokens) < 0) goto done;
     if (block_size(args[4], "block", 4, &p.block) < 0) goto done;
@@ -210,6 +211,7 @@ PyObject *py_select_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, P
     if (lf_borrow(args[0], "q", &q) < 0 || lf_shape(&q, "BQHD", &dims) < 0) goto done;
     if (lf_borrow(args[1], "k", &k) < 0 || lf_shape(&k, "BKHD", &dims) < 0) goto done;
     if (lf_is_float(&q) < 0 || lf_same_dtype(&k, &q) < 0) goto done;
+    if (lf_placed("select_blocks", 2, (const lf_arg *[]){&q, &k}, args[15], &place) < 0) goto done;
     if (head_size(&q, LF_DIM(dims, 'D')) < 0) goto done;
     if (lf_integer(args[4], "frame_tokens", 1, INT32_MAX, &p.frame_tokens) < 0) goto done;
     if (whole_frames("q", "Lq", LF_DIM(dims, 'Q'), p.frame_tokens) < 0) goto done;
@@ -381,6 +383,7 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
     if (lf_borrow(args[1], "k", &k) < 0 || lf_shape(&k, "BKHD", &dims) < 0) goto done;
     if (lf_borrow(args[2], "v", &v) < 0 || lf_shape(&v, "BKHD", &dims) < 0) goto done;
     if (lf_is_float(&q) < 0 || lf_same_dtype(&k, &q) < 0 || lf_same_dtype(&v, &q) < 0) goto done;
+    if (lf_placed("block_sparse_attention", 3, all, args[8], &place) < 0) goto done;
     if (head_size(&q, LF_DIM(dims, 'D')) < 0) goto done;
     if (LF_DIM(dims, 'Q') < 1 || LF_DIM(dims, 'K') < 1) {
         PyErr_Format(PyExc_ValueError, "%s: expected 1 token or more, got 0",
