@@ -50,15 +50,16 @@ class Adapter:
 
     name = "adapter"
 
-    def find(self, target) -> list[Any]:
-        """The attention layers of ``target``, first layer first; an empty list if there is none.
+    def find(self, modules: list[torch.nn.Module]) -> list[Any]:
+        """The attention layers among ``modules``, first layer first; an empty list if none.
 
-        Their attribute ``forward`` gets wrapped, per instance.
+        ``modules`` are all that the patched target holds, pipelines and wrappers looked through.
+        The attribute ``forward`` of what is returned gets wrapped, per instance.
         """
         raise NotImplementedError
 
-    def missing(self, target) -> str:
-        """Sentences that say what was looked for in ``target``, and what was missing."""
+    def missing(self, modules: list[torch.nn.Module]) -> str:
+        """A sentence that says what was looked for, and what was missing."""
         return f"{self.name}: no layer found."
 
     def context(self, layer, arguments: dict[str, Any]) -> Call | str:
@@ -86,37 +87,30 @@ class GlobalAttention(Adapter):
     name = "global attention"
     function = "attention"
 
-    def find(self, target):
-        """The innermost modules that keep the contract, also inside wrappers and pipelines."""
-        found = [m for m in modules_of(target) if not self._failed(type(m), m)]
+    def find(self, modules):
+        """The innermost modules that keep the contract."""
+        found = [m for m in modules if not self._failed(type(m), m)]
         chosen = set(map(id, found))
-        inner = (any(id(x) in chosen for x in m.modules() if x is not m) for m in found)
-        return [m for m, has_inner in zip(found, inner, strict=True) if not has_inner]
+        return [m for m in found if not any(id(x) in chosen for x in m.modules() if x is not m)]
 
-    def missing(self, target):
+    def missing(self, modules):
         """What was looked for, and the nearest classes with the conditions that they failed."""
-        seen = {}
-        total = 0
-        for module in modules_of(target):
-            total += 1
-            seen.setdefault(type(module), []).append(module)
-        near = [(c, self._failed(c, ms[0]), len(ms)) for c, ms in seen.items()]
-        near = sorted((n for n in near if len(n[1]) < 3), key=lambda n: len(n[1]))[:3]
+        classes = {}
+        for module in modules:
+            classes.setdefault(type(module), []).append(module)
+        near = [(c, len(ms), self._failed(c, ms[0])) for c, ms in classes.items()]
+        near = sorted((n for n in near if len(n[2]) < 3), key=lambda n: len(n[2]))[:3]
         text = (
-            f"no causal self-attention found in {type(target).__name__} ({total} modules); looked "
-            f"for modules that have num_heads, whose forward has a parameter kv_cache and calls a "
-            f"global function {self.function}(q, k, v)"
+            "Looked for modules that have num_heads, and whose forward has a parameter kv_cache "
+            f"and calls a global function {self.function}(q, k, v)"
         )
         if not near:
-            return text + ", and no module has any of the three."
-        return (
-            f"{text}. Nearest: "
-            + "; ".join(
-                f"{c.__qualname__} ({n} of them) fails in that {' and '.join(failed)}"
-                for c, failed, n in near
-            )
-            + "."
+            return f"{text}; no module has any of the three."
+        nearest = (
+            f"{c.__qualname__} ({count} of them) fails in that {' and '.join(failed)}"
+            for c, count, failed in near
         )
+        return f"{text}. Nearest: {'; '.join(nearest)}."
 
     def _failed(self, cls, module):
         failed = []
@@ -162,9 +156,9 @@ def _frame_tokens(arguments):
     grid = arguments.get("grid_sizes")
     if isinstance(grid, torch.Tensor):
         grid = grid.tolist() if grid.device.type == "cpu" else None  # never a device sync
-    if grid:
-        _, height, width = grid[0]
-        return int(height * width)
+    row = grid[0] if isinstance(grid, (list, tuple)) and grid else None
+    if isinstance(row, (list, tuple)) and len(row) == 3:
+        return int(row[1] * row[2]) or None
     tokens = arguments.get("frame_seqlen")
     return tokens if isinstance(tokens, int) and tokens > 0 else None
 
@@ -272,15 +266,31 @@ def register_adapter(adapter):
     return adapter
 
 
+def places(target):
+    """The modules of the target; then, for a module, with those in its plain attributes."""
+    yield list(modules_of(target))
+    if isinstance(target, torch.nn.Module):
+        yield list(modules_of([target, vars(target)]))
+
+
 def find(target):
-    """The first adapter that finds layers in ``target``, and these layers.
+    """The first adapter that finds layers in ``target``, these layers, and all its modules.
 
     Raises:
         ValueError: no adapter found any; the sentence says what was looked for.
     """
     adapters = [*_adapters, GlobalAttention()]
-    for adapter in adapters:
-        layers = adapter.find(target)
-        if layers:
-            return adapter, layers
-    raise ValueError("patch: " + " ".join(a.missing(target) for a in adapters))
+    for modules in places(target):
+        for adapter in adapters:
+            layers = adapter.find(modules)
+            if layers:
+                return adapter, layers, modules
+    what = f"{type(target).__name__} ({len(modules)} modules)"
+    raise ValueError(
+        " ".join(
+            [
+                f"target: expected a model with causal self-attention, got {what}.",
+                *(a.missing(modules) for a in adapters),
+            ]
+        )
+    )

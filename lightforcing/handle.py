@@ -38,7 +38,7 @@ class Handle:
 
     def _start(self):
         self._hooks = []  # weak: a hook and its layer never outlive the model
-        self._owners = []  # weak: modules that may say num_frame_per_block
+        self._tellers = []  # weak: modules that may say num_frame_per_block
         self._lock = threading.RLock()
         self._clear()
 
@@ -79,7 +79,7 @@ class Handle:
             self._hooks = [r for r in self._hooks if r() not in (None, hooked)]
             self._hooks.append(weakref.ref(hooked))
 
-    def take(self, layers, target):
+    def take(self, layers, modules):
         """Patch ``layers``; those that another handle patched change over to this one."""
         before = [hook.hook_of(layer) for layer in layers]
         owners = [None if h is None else h.handle for h in before]
@@ -94,8 +94,8 @@ class Handle:
         for layer, owner in zip(layers, owners, strict=True):
             if owner not in (None, self) and not owner.active:
                 owner.adapter.remove(layer, owner)
-        owners = [m for m in adapters.modules_of(target) if hasattr(m, "num_frame_per_block")]
-        self._owners = [weakref.ref(m) for m in owners]
+        tellers = [m for m in modules if hasattr(m, "num_frame_per_block")]
+        self._tellers = [weakref.ref(m) for m in tellers]
         self._read_chunk()
         self.facts["layer"] = type(layers[0]).__name__
 
@@ -311,10 +311,10 @@ class Handle:
 
     def _recall(self, visit, q, k, v, lse):
         """Mean and 5th percentile of the recall of evenly spaced query rows, as tensors."""
-        rows = min(self.config.probe, q.shape[1])
-        stride = q.shape[1] // rows
+        count = min(self.config.probe, q.shape[1])
+        stride = q.shape[1] // count
         first = visit.step * 7919 % stride  # other rows in every step
-        rows = slice(first, first + stride * (rows - 1) + 1, stride)
+        rows = slice(first, first + stride * (count - 1) + 1, stride)
         _, dense = ops.block_sparse_attention(q[:, rows], k, v, return_lse=True)
         recall = (lse[:, :, rows] - dense).exp().flatten()
         return recall.mean(), recall.quantile(0.05)
@@ -334,8 +334,8 @@ class Handle:
         return self.frames_per_chunk or self.shortest_query or 3
 
     def _read_chunk(self):
-        for owner in (ref() for ref in self._owners):
-            value = getattr(owner, "num_frame_per_block", None)
+        for teller in (ref() for ref in self._tellers):
+            value = getattr(teller, "num_frame_per_block", None)
             if isinstance(value, int) and value > 1:
                 self.frames_per_chunk = value
                 return

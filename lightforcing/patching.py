@@ -26,7 +26,8 @@ def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False
 
     Patching again updates the settings and returns the same handle. Training forwards, and
     calls the kernels cannot take, stay dense. ``torch.compile`` works, before or after, with
-    graph breaks around every attention call (so not with ``fullgraph=True``).
+    graph breaks around every attention call (so not with ``fullgraph=True``). While the
+    environment says ``LIGHTFORCING_DISABLE=1`` every call stays dense.
 
     Args:
         target: a model, or a pipeline that holds one; wrappers are looked through.
@@ -56,7 +57,7 @@ def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False
         config = config.replace(sparsity=sparsity, **overrides)
     if strict:
         config = config.replace(strict=True)
-    adapter, layers = adapters.find(target)
+    adapter, layers, modules = adapters.find(target)
     _check_devices(layers)
     warmup()
     hooks = [hook.hook_of(layer) for layer in layers]
@@ -66,7 +67,7 @@ def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False
         handle = None
     if handle is None:
         handle = Handle(config, adapter)
-    handle.take(layers, target)
+    handle.take(layers, modules)
     handle.update(config)
     return handle
 
@@ -102,10 +103,11 @@ def dense():
 
 def handle_of(target):
     """The handle of a patched target, also of a copy or an unpickled one; None if unpatched."""
-    for module in adapters.modules_of(target):
-        found = hook.hook_of(module)
-        if found is not None and found.handle is not None:
-            return found.handle
+    for modules in adapters.places(target):
+        for module in modules:
+            found = hook.hook_of(module)
+            if found is not None and found.handle is not None:
+                return found.handle
     return None
 
 

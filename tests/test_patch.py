@@ -243,6 +243,16 @@ def test_finds_layers_through_wrappers_and_pipelines():
             assert lf.handle_of(target) is handle
 
 
+def test_a_module_that_hides_the_model_in_a_plain_attribute():
+    model, pipeline = ar.make(), nn.Linear(2, 2)
+    pipeline.hidden = [model]
+    with lf.patched(pipeline) as handle:
+        assert [h.module for h in handle.hooks] == attentions(model)
+        assert lf.handle_of(pipeline) is handle
+        model.num_frame_per_block = 5
+        assert handle.chunk_frames == 5
+
+
 def test_a_layer_wrapped_in_a_module():
     model = ar.make()
     layer = model.blocks[0].self_attn
@@ -277,17 +287,17 @@ def test_nothing_found_says_what_was_missing():
     with pytest.raises(ValueError) as failure:
         lf.patch(nn.Linear(2, 2))
     assert str(failure.value) == (
-        "patch: no causal self-attention found in Linear (1 modules); looked for modules that "
-        "have num_heads, whose forward has a parameter kv_cache and calls a global function "
-        "attention(q, k, v), and no module has any of the three."
+        "target: expected a model with causal self-attention, got Linear (1 modules). Looked for "
+        "modules that have num_heads, and whose forward has a parameter kv_cache and calls a "
+        "global function attention(q, k, v); no module has any of the three."
     )
     with pytest.raises(ValueError) as failure:
         lf.patch(ar.Model(ar.Unsplit, layers=3))
     text = str(failure.value)
-    assert "no causal self-attention found in Model" in text
+    assert "got Model (" in text
     assert "Unsplit (3 of them) fails in that it calls no global function attention" in text
     assert "Block (3 of them) fails in that it calls no global function attention" in text
-    with pytest.raises(ValueError, match=r"found in NoneType \(0 modules\)"):
+    with pytest.raises(ValueError, match=r"got NoneType \(0 modules\)"):
         lf.patch(None)
 
 

@@ -256,6 +256,26 @@ def test_frame_tokens_from_argument_or_setting():
         assert handle.stats()["sparse_calls"] == 1
 
 
+@pytest.mark.parametrize(
+    "arguments, tokens",
+    [
+        ({"grid_sizes": torch.tensor([[3, 4, 5], [3, 4, 5]])}, 20),
+        ({"grid_sizes": [(3, 4, 5)], "frame_seqlen": 7}, 20),
+        ({"grid_sizes": torch.tensor([3, 4, 5]), "frame_seqlen": 20}, 20),
+        ({"grid_sizes": (3, 4, 5)}, None),
+        ({"grid_sizes": None, "frame_seqlen": torch.tensor(20)}, None),
+        ({}, None),
+    ],
+)
+def test_the_default_adapter_reads_what_is_told(arguments, tokens):
+    from lightforcing.adapters import GlobalAttention
+
+    layer = ar.InPlace(local_attn_size=6)
+    call = GlobalAttention().context(layer, {"kv_cache": {}, "current_start": 60, **arguments})
+    assert (call.start, call.frame_tokens, call.window, call.keys) == (60, tokens, 6, None)
+    assert GlobalAttention().context(layer, {"kv_cache": None}) == "training forward"
+
+
 # ---- reasons to stay dense ---------------------------------------------------------------
 
 

@@ -228,8 +228,8 @@ class Routed:
 class SplitAdapter(lf.Adapter):
     name = "split"
 
-    def find(self, target):
-        return [m for m in target.modules() if isinstance(m, Split)]
+    def find(self, modules):
+        return [m for m in modules if isinstance(m, Split)]
 
     def context(self, layer, arguments):
         return lf.Call(start=arguments["start"], frame_tokens=arguments["frame_seqlen"])
@@ -249,7 +249,7 @@ def test_register_adapter():
         lf.patch(model)
     adapter = lf.register_adapter(SplitAdapter())
     try:
-        with pytest.raises(ValueError, match="split: no layer found. no causal self-attention"):
+        with pytest.raises(ValueError, match="split: no layer found. Looked for modules"):
             lf.patch(nn.Linear(2, 2))
         q, k = torch.randn(1, 60, 2, 16), torch.randn(1, 120, 2, 16)
         with lf.patched(model, sparsity=0.5, law="constant", **SMALL) as handle:
