@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def arguments(argv):
         "--preset", action="append", help="may be repeated; default: paper balanced fast"
     )
     p.add_argument("--threads", type=int, default=0, help="of torch and of lightforcing; 0: theirs")
-    p.add_argument("--only", default="", help="run only cases whose name contains this")
+    p.add_argument(
+        "--only", default="", help="regular expression; run only cases whose name matches"
+    )
     p.add_argument("--no-special", action="store_true", help="skip copies, turns and LoRA")
     p.add_argument("--json", metavar="FILE", help="write everything there as well")
     return p.parse_args(argv)
@@ -92,7 +95,7 @@ def run_checkout(checkout, options, size, presets):
           f"{len(before)} files, {len(entries)} chunk loops")  # fmt: skip
     for entry in sorted(entries, key=lambda e: e.kind == "sampler"):
         for variant in variants(checkout, entry):
-            if options.only not in f"{checkout.name} {entry} {variant.label}":
+            if not re.search(options.only, f"{checkout.name} {entry} {variant.label}"):
                 continue
             rollout = Rollout(checkout, entry, variant, fitting(checkout, entry, size))
             result = run_case(rollout, presets)
