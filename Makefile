@@ -8,7 +8,7 @@ BUILT   := $(VENV)/.built
 C_FILES := $(shell find csrc -name '*.[ch]' -not -name dlpack.h -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: build demo test bench format lint sanitize mutants wheel wheel-matrix clean
+.PHONY: build demo test bench format lint sanitize mutants wheel wheel-matrix clean test-gpu
 
 build: $(BUILT)
 
@@ -19,6 +19,10 @@ demo: build                  ## a causal video model, dense and sparse from one 
 test: export OMP_WAIT_POLICY = passive
 test: lint                   ## lint, every test, the README's code and the notebooks
 	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=300
+
+test-gpu: build              ## the tests that need a GPU; without one it fails and says so
+	PYTHONPATH=tests $(PY) -c "import gpu, sys; sys.exit(gpu.why_not())"
+	$(PY) -m pytest tests/test_gpu_*.py
 
 bench: build                 ## CPU speed against torch, into benchmarks/results
 	$(PY) benchmarks/cpu.py
@@ -48,10 +52,11 @@ wheel-matrix: $(READY)       ## that wheel on CPython 3.10 to 3.13 with old and 
 clean:
 	rm -rf build dist demo lightforcing.egg-info lightforcing/*.so
 
-# The pinned tools of pyproject's `dev` extra, and this tree as an editable install.
+# The pinned tools of pyproject's `dev` extra, and this tree as an editable install. CUDA is left to
+# the build below, which keeps its objects.
 $(READY): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable '.[dev]'
+	LIGHTFORCING_NO_CUDA=1 $(PY) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 $(BUILT): $(SOURCES) $(READY)

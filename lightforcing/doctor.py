@@ -122,9 +122,9 @@ def cuda() -> dict:
     if driver and facts["cuda_status"]:
         found = f"{found}, but CUDA answers error {facts['cuda_status']}"
         return check("cuda", "broken", found, "check nvidia-smi and CUDA_VISIBLE_DEVICES")
-    if not facts["cuda_kernels"]:
-        return check("cuda", "missing", found, "this version has no CUDA kernels: CPU tensors only")
-    return check("cuda", "ok" if driver else "missing", f"{found}, {facts['cuda_devices']} GPUs")
+    if not driver:
+        return check("cuda", "missing", f"{found}: CPU tensors only")
+    return check("cuda", "ok", f"{found}, {facts['cuda_devices']} GPUs")
 
 
 def torch() -> dict:

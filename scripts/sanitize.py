@@ -1,9 +1,11 @@
-"""Builds the extension with AddressSanitizer and UBSan in a copy of the tree and runs the suite.
+"""Builds the CPU half with AddressSanitizer and UBSan in a copy of the tree and runs the suite.
 
 The copy lives in build/sanitize, so the normal build stays as it is. The raw output, with the
 counts, goes to benchmarks/results/sanitize-<date>.log; the exit code is pytest's. Leak detection
 is off, because CPython and torch keep memory until exit on purpose: tests/test_leaks.py counts
-references and resident memory instead. Arguments are handed to pytest.
+references and resident memory instead. The tests in test_gpu_*.py need a GPU and the CUDA half,
+which has a checker of its own (compute-sanitizer); they are not collected. Arguments are handed
+to pytest.
 """
 
 import datetime
@@ -57,7 +59,7 @@ def build(environment):
 
 def main():
     """Build, run, log."""
-    environment = dict(os.environ, LIGHTFORCING_SANITIZE="1")
+    environment = dict(os.environ, LIGHTFORCING_SANITIZE="1", LIGHTFORCING_NO_CUDA="1")
     build(environment)
     # The C++ library goes first into the process too: torch throws exceptions, and the
     # sanitizer finds the real throw function only in libraries that were there at start-up.
