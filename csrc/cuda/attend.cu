@@ -6,7 +6,7 @@
  *
  *   group 0   | q k  | softmax | p v  | q k  | softmax | p v  |            \
  *   group 1        | q k  | softmax | p v  | q k  | softmax | p v  |  ----- merge, store
- *   copies      k v k v k v ...  each group's ring of 2 or 4 tiles
+ *   copies      k v k v k v ...  each group's K and V tile in turn
  *
  * In a group of 128 rows each warp has 32 rows and all 64 keys of a step; of 64 rows, 32 rows and
  * 32 keys. 32 rows a warp because a fragment read from shared memory must serve two products: with
@@ -15,7 +15,8 @@
  *
  *   grid    one block a list row; those past the last whole round over the SMs come as two halves
  *           of 64 rows, if that saves half a round
- *   shared  Q, two rings of K and V tiles: 96 KB with rings of 2 (D = 128), 160 KB with 4
+ *   shared  Q, a K and a V tile for each group: 96 KB (D = 128). A ring of two each, 160 KB, was
+ *           no faster: 0.319 against 0.311 ms at 10 % of chunk 7 (H100)
  *   limits  255 registers (no second block an SM); shared memory reads, then the tensor cores */
 #include "attend_rows.cuh"
 #include "kernels.h"
@@ -59,21 +60,14 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
     cp_async_commit_group();
     KeyStream<DIM> keys(plan, work, q_smem + Q_BYTES);
     keys.copy_k(0, 0);
-    if (plan.slots == 4) {
-        keys.copy_v(TILE_BYTES, 0);
-        keys.copy_k(2 * TILE_BYTES, 1);
-        cp_async_wait_group<3>();
-    } else {
-        cp_async_wait_group<1>();
-    }
+    cp_async_wait_group<1>();
     __syncthreads();  // Q has arrived
 
     const uint32_t q_at = q_smem + row_warp * (WARP_ROWS * ROW_BYTES) + Tile<DIM>::rows_first(lane);
     const uint32_t ring = q_smem + Q_BYTES + group * plan.ring_bytes;
     const uint32_t k_at = ring + part * (KEYS * ROW_BYTES) + Tile<DIM>::columns_first(lane);
-    const uint32_t v_at = ring + part * (KEYS * ROW_BYTES) + Tile<DIM>::rows_first(lane);
-    const uint32_t turn_ring = plan.slots == 4 ? 2 * TILE_BYTES : 0;
-    uint32_t tiles = 0;  // where in the ring this step's K is, its V behind it
+    const uint32_t v_at =
+        ring + TILE_BYTES + part * (KEYS * ROW_BYTES) + Tile<DIM>::rows_first(lane);
     WarpRows<DIM> rows;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -90,8 +84,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
         // logits of 32 rows x KEYS keys
         float s[2][KEYS / 8][4] = {};
         keys.wait();
-        keys.copy_v((tiles ^ turn_ring) + TILE_BYTES, plan.slots / 2 - 1);
-        const uint32_t k_tile = k_at + tiles;
+        keys.copy_v(TILE_BYTES, 0);
 #pragma unroll
         for (uint32_t i = 0; i < DIM / 16; i++) {
             uint32_t a[2][4];
@@ -100,7 +93,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
 #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) {
                 uint32_t b[4];
-                ldmatrix_x4(b, Tile<DIM>::column(k_tile, i) + n * (16 * ROW_BYTES));
+                ldmatrix_x4(b, Tile<DIM>::column(k_at, i) + n * (16 * ROW_BYTES));
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
                     mma_m16n8k16<T>(s[m][2 * n], a[m], b[0], b[1]);
@@ -109,11 +102,9 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
             }
         }
         const uint32_t valid = keys.ahead & 0xff;
-        const uint32_t v_tile = v_at + tiles + TILE_BYTES;
         keys.wait();
-        keys.copy_k(tiles, plan.slots / 2);
+        keys.copy_k(0, 1);
         keys.ahead >>= 8;
-        tiles ^= turn_ring;
 
         // new maxima
         float top[2][2];
@@ -169,7 +160,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
 #pragma unroll
             for (uint32_t n = 0; n < DIM / 16; n++) {
                 uint32_t b[4];
-                ldmatrix_x4_trans(b, Tile<DIM>::column(v_tile, n) + turn * (16 * ROW_BYTES));
+                ldmatrix_x4_trans(b, Tile<DIM>::column(v_at, n) + turn * (16 * ROW_BYTES));
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
                     mma_m16n8k16<T>(rows.out[m][2 * n], weights[turn % 2][m], b[0], b[1]);
@@ -254,9 +245,9 @@ kernel_fn pick(lf_dtype dtype, int64_t dim)
     return nullptr;
 }
 
-uint32_t shared_bytes(int64_t dim, uint32_t slots)
+uint32_t shared_bytes(int64_t dim)
 {
-    return uint32_t(dim * 2 * (TILE_ROWS + GROUPS * slots * STEP) +
+    return uint32_t(dim * 2 * (TILE_ROWS + GROUPS * 2 * STEP) +
                     WARPS * WARP_ROWS * sizeof(RowStats) + sizeof(Work));
 }
 
@@ -266,7 +257,7 @@ constexpr int MOST_DEVICES = 64;
 
 struct Device {
     std::atomic<bool> ready;
-    int sms, shared;  // processors; bytes of shared memory that a block may have
+    int sms;  // processors
 };
 Device devices[MOST_DEVICES];
 
@@ -275,18 +266,13 @@ int prepare(int device, lf_error *err)
 {
     Device &d = devices[device];
     if (d.ready.load(std::memory_order_acquire)) return 0;
-    int sms = 0, shared = 0;
+    int sms = 0;
     LF_CUDA_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    LF_CUDA_TRY(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     for (const lf_dtype dtype : {LF_BF16, LF_F16})
-        for (const int64_t dim : {64, 128}) {
-            const uint32_t wanted = shared_bytes(dim, 4);
-            LF_CUDA_TRY(
-                cudaFuncSetAttribute(pick(dtype, dim), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     int64_t(wanted) <= shared ? wanted : shared_bytes(dim, 2)));
-        }
+        for (const int64_t dim : {64, 128})
+            LF_CUDA_TRY(cudaFuncSetAttribute(
+                pick(dtype, dim), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(dim)));
     d.sms = sms;
-    d.shared = shared;
     d.ready.store(true, std::memory_order_release);
     return 0;
 }
@@ -358,9 +344,8 @@ Plan make_plan(const lf_attend_params *p, const Device &device, int64_t *blocks)
     plan.magic =
         uint32_t(((uint64_t(1) << plan.shift) + plan.frame_blocks - 1) / plan.frame_blocks);
     plan.scale_log2 = p->scale / LN_2;
-    plan.slots = shared_bytes(p->dim, 4) <= uint32_t(device.shared) ? 4 : 2;
-    plan.ring_bytes = uint32_t(plan.slots * STEP * p->dim * 2);
-    plan.work_at = shared_bytes(p->dim, plan.slots) - uint32_t(sizeof(Work));
+    plan.ring_bytes = uint32_t(2 * STEP * p->dim * 2);
+    plan.work_at = shared_bytes(p->dim) - uint32_t(sizeof(Work));
 
     plan.rows_per_item = list ? uint32_t(p->block_q) : p->q_len <= 64 ? 64 : TILE_ROWS;
     plan.row_items = uint32_t(lf_ceil_div(p->q_len, plan.rows_per_item));
@@ -461,7 +446,7 @@ extern "C" int lf_attend_portable(const lf_attend_params *p, lf_place place, lf_
     int64_t blocks = 0;
     const Plan plan = make_plan(p, devices[place.device], &blocks);
     const auto stream = static_cast<cudaStream_t>(place.stream);
-    kernel<<<unsigned(blocks), THREADS, shared_bytes(p->dim, plan.slots), stream>>>(*p, plan);
+    kernel<<<unsigned(blocks), THREADS, shared_bytes(p->dim), stream>>>(*p, plan);
     LF_CUDA_TRY(cudaGetLastError());
     return 0;
 }

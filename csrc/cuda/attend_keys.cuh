@@ -29,7 +29,7 @@ struct Plan {
     uint32_t blocks, frame_blocks;  // entries outside [0, blocks) are skipped
     uint32_t magic, shift;          // j / frame_blocks = j * magic >> shift for j < 2^31
     uint32_t piece_log2, pieces_log2, steps_log2;  // keys of a piece; pieces of a step; or steps
-    uint32_t slots, ring_bytes;                    // of a group: tiles, and their size
+    uint32_t ring_bytes;                           // of a group: its K and its V tile
     uint32_t work_at;                              // in shared memory
     float scale_log2;                              // q . k times this is an exponent of 2
 };
@@ -97,11 +97,8 @@ template <int DIM> struct KeyStream {
         next = entry();
     }
 
-    /* A step of the group is left to compute, with slots / 2 steps' K on their way. */
-    __device__ bool more() const
-    {
-        return __any_sync(ALL, step < work.steps + GROUPS * (plan.slots / 2));
-    }
+    /* A step of the group is left to compute, with one step's K on its way. */
+    __device__ bool more() const { return __any_sync(ALL, step < work.steps + GROUPS); }
 
     __device__ int32_t entry() const
     {
@@ -167,10 +164,7 @@ template <int DIM> struct KeyStream {
      * Past the end tiles of zeros are copied, so the number to wait for is constant. */
     __device__ __forceinline__ void wait() const
     {
-        if (plan.slots == 2)
-            cp_async_wait_group<0>();
-        else
-            cp_async_wait_group<2>();
+        cp_async_wait_group<0>();
         sync_group();
     }
 };
