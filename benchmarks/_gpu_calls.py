@@ -94,29 +94,35 @@ def video_group(frames, *, presets=("paper", "fast"), chunk=3, tokens=1560, head
     calls = [sdpa(*slices(end), SDPBackend.CUDNN_ATTENTION) for end in ends]
     pairs = heads * chunk * tokens * tokens * sum(ends)
     case = f"video {frames} frames"
-    runs = {"dense cuDNN": (lambda: [call() for call in calls][-1], 4 * 128 * pairs)}
-    last = Truth(*slices(frames))
-    works = []
+    dense_flops = 4 * 128 * pairs
+    works = [Work(case, "dense cuDNN", lambda: [call() for call in calls][-1], dense_flops)]
+    works[0].check = Truth(*slices(frames)).check(works[0].run)
     for preset in presets:
-        steps, kept = _preset_calls(preset, frames, chunk, tokens, slices, k)
-        share = sum(kept) / sum(ends)
-        runs[f"{preset}, selection included"] = (
-            lambda steps=steps: [step() for step in steps][-1],
-            4 * 128 * pairs * share,
-        )
+        steps, kept, alone = _preset_calls(preset, frames, chunk, tokens, slices, k)
+        flops = dense_flops * sum(kept) / sum(ends)
+
+        def run(steps=steps):
+            return [step() for step in steps][-1]
+
+        def run_as_patched(steps=steps):
+            return (calls[0](), *[step() for step in steps[1:]])[-1]
+
+        def check(run=run, alone=alone):
+            """The last chunk has the bits of select + attend without kept means."""
+            if not torch.equal(run(), alone()):
+                raise AssertionError("wrong result: kept means change the last chunk")
+            return 0.0
+
+        works.append(Work(case, f"{preset}, selection included", run, flops, check=check))
         if frames == 21:
-            runs[f"{preset}, first chunk by cuDNN"] = (
-                lambda steps=steps: (calls[0](), *[step() for step in steps[1:]])[-1],
-                4 * 128 * pairs * share,
-            )
-    for name, (run, flops) in runs.items():
-        check = last.check(run) if name == "dense cuDNN" else None
-        works.append(Work(case, name, run, flops, calls=1 if frames > 21 else 3, check=check))
+            works.append(Work(case, f"{preset}, first chunk by cuDNN", run_as_patched, flops))
+    for work in works:
+        work.calls = 1 if frames > 21 else 3
     return works
 
 
 def _preset_calls(preset, frames, chunk, tokens, slices, k):
-    """One function a chunk, and the kept share of each chunk times its frames."""
+    """One function a chunk, kept shares times frames, and the last chunk's reference."""
     config = lf.Config.preset(preset)
     rows = report.plan(config, num_frames=frames, frames_per_chunk=chunk, frame_tokens=tokens).rows
     part = config.block_k if config.score == "mean" else config.block_k // 4
@@ -124,13 +130,8 @@ def _preset_calls(preset, frames, chunk, tokens, slices, k):
     means = torch.empty(1, frames * per_frame, *k.shape[2:], device=DEVICE)
     lf.compress(k, tokens, block=part, out=means)
 
-    def step(row):
-        end = row["last_frame"] + 1
-        q_, k_, v_ = slices(end)
-        if row["kept"] >= row["blocks"]:
-            return lambda: lf.block_sparse_attention(q_, k_, v_)
-        fresh = means[:, (end - chunk) * per_frame : end * per_frame]
-        options = dict(
+    def selection(row):
+        return dict(
             frame_tokens=tokens,
             sparsity=row["sparsity"],
             score=config.score,
@@ -140,6 +141,14 @@ def _preset_calls(preset, frames, chunk, tokens, slices, k):
             near_frames=config.near_frames,
         )
 
+    def step(row):
+        end = row["last_frame"] + 1
+        q_, k_, v_ = slices(end)
+        if row["kept"] >= row["blocks"]:
+            return lambda: lf.block_sparse_attention(q_, k_, v_)
+        fresh = means[:, (end - chunk) * per_frame : end * per_frame]
+        options = selection(row)
+
         def run():
             lf.compress(k_[:, (end - chunk) * tokens :], tokens, block=part, out=fresh)
             blocks = lf.select_blocks(q_, k_, **options, k_means=means[:, : end * per_frame])
@@ -147,7 +156,11 @@ def _preset_calls(preset, frames, chunk, tokens, slices, k):
 
         return run
 
-    return [step(row) for row in rows], [r["density"] * (r["last_frame"] + 1) for r in rows]
+    def alone():
+        return lf.attention(*slices(frames), **selection(rows[-1]))
+
+    kept = [r["density"] * (r["last_frame"] + 1) for r in rows]
+    return [step(row) for row in rows], kept, alone
 
 
 # ---- host time ----------------------------------------------------------------------

@@ -185,9 +185,13 @@ def flex(g, q, k, v, density):
     counts = torch.full(indices.shape[:3], kept, dtype=torch.int32, device=DEVICE)
     flags = torch.zeros(1, g.heads, rows, blocks + 1, dtype=torch.bool, device=DEVICE)
     flags.scatter_(3, chosen.long(), True)
+
+    def mask_mod(b, h, i, j):  # says the same as the lists, which alone decide: no block is partial
+        return flags[b, h, i // size, j // size]
+
     mask = BlockMask.from_kv_blocks(
         torch.zeros_like(counts), torch.zeros_like(indices), counts, indices,
-        BLOCK_SIZE=(size, size), seq_lengths=(g.q_len, g.k_len),
+        BLOCK_SIZE=(size, size), mask_mod=mask_mod, seq_lengths=(g.q_len, g.k_len),
     )  # fmt: skip
     compiled = torch.compile(flex_attention, dynamic=False)
 

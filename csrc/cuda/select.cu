@@ -164,15 +164,15 @@ int prepare(Device *device, lf_error *err)
 
 /* A launch that may begin before the kernel in front of it has ended, if `overlaps`. */
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_after(bool overlaps, void (*kernel)(Parameters...), int64_t grid, int block,
+cudaError_t launch_after(bool overlaps, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                          int64_t shared, lf_place place, Arguments... arguments)
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = dim3(unsigned(grid));
-    config.blockDim = dim3(unsigned(block));
+    config.gridDim = grid;
+    config.blockDim = block;
     config.dynamicSmemBytes = size_t(shared);
     config.stream = static_cast<cudaStream_t>(place.stream);
     config.attrs = &attribute;
@@ -194,8 +194,8 @@ int launch_pool(const Selection &s, lf_place place, lf_error *err)
     const int64_t shared = mean ? parts * s.p.dim * int64_t(sizeof(float)) : 0;
 
     LF_CUDA_TRY(launch_after(false, pick_pool(s.p.dtype, s.part),
-                             (q_units + k_units) * s.batch_heads, 8 * octets, shared, place, s,
-                             int(q_units), octets));
+                             dim3(unsigned(s.batch_heads), unsigned(q_units + k_units)),
+                             dim3(unsigned(octets), 8), shared, place, s, int(q_units), octets));
     return 0;
 }
 
@@ -205,7 +205,7 @@ int launch_mean_scores(const Selection &s, const Device &device, lf_place place,
     const int tiles = int(lf_ceil_div(s.q_blocks, MEAN_TILE));
 
     LF_CUDA_TRY(launch_after(device.overlaps, mean_scores_kernel,
-                             int64_t(chunks) * tiles * s.batch_heads, 32 * MEAN_WARPS,
+                             unsigned(chunks * tiles * s.batch_heads), 32 * MEAN_WARPS,
                              sizeof(MeanShared), place, s, chunks, tiles));
     return 0;
 }
@@ -219,7 +219,8 @@ int launch_pairs(const Selection &s, const Device &device, lf_place place, lf_er
     int64_t ranges = device.multiprocessors / (int64_t(chunks) * s.batch_heads);
     ranges = ranges < 1 ? 1 : ranges > most ? most : ranges;
 
-    LF_CUDA_TRY(launch_after(device.overlaps, pick_pair(dim), chunks * ranges * s.batch_heads,
+    LF_CUDA_TRY(launch_after(device.overlaps, pick_pair(dim),
+                             unsigned(chunks * ranges * s.batch_heads),
                              PAIR_THREADS, pair_bytes(dim), place, s, chunks, int(ranges)));
     return 0;
 }
@@ -228,7 +229,7 @@ int launch_choose(const Selection &s, const Device &device, lf_place place, lf_e
 {
     const bool shares = s.p.score == LF_SCORE_MASS && lanes_hold_rows(s.blocks);
     LF_CUDA_TRY(launch_after(device.overlaps, pick_choose(s.p.score),
-                             int64_t(s.q_blocks) * s.batch_heads, CHOOSE_THREADS,
+                             unsigned(s.q_blocks) * unsigned(s.batch_heads), CHOOSE_THREADS,
                              choose_bytes(s.blocks, s.p.k_frames, shares), place, s));
     return 0;
 }

@@ -1,8 +1,8 @@
 /* First kernel of select_blocks: means of the queries and of the key frames whose means are not
  * given, into the workspace.
  *
- *   grid   (query units + key units) * batch * heads; the heads of a token side by side
- *   block  8 parts x ceil(D / 8) threads of 8 elements each
+ *   grid   batch * heads, side by side as the heads of a token are; query units + key units
+ *   block  ceil(D / 8) threads of 8 elements each, times 8 parts
  *
  * A unit is 8 parts (mass, lse), or the parts of whole blocks, about 8 (mean), whose means meet in
  * shared memory. Bound by reading q and k once; nothing is read twice. */
@@ -20,8 +20,7 @@ __device__ __forceinline__ Rows<T> rows_of(const lf_tensor &x, const Selection &
                                            int64_t token, int octet, bool vectors)
 {
     const T *data = static_cast<const T *>(x.data);
-    return {data + bh / s.heads * x.batch + token * x.token + bh % s.heads * x.head + octet * 8,
-            x.token, vectors};
+    return {data + head_offset(s, x, bh) + token * x.token + octet * 8, x.token, vectors};
 }
 
 __device__ __forceinline__ void store_octet(float *to, const float (&x)[8])
@@ -55,35 +54,33 @@ template <typename T, int PART>
 __device__ __forceinline__ void pool_q_blocks(const Selection &s, int bh, int unit, float *shared,
                                               int *tokens)
 {
-    const int dim = s.dim, octets = dim / 8;
-    const int slot = threadIdx.x / octets, octet = threadIdx.x % octets;
+    const int dim = s.dim, slot = threadIdx.y, octet = threadIdx.x;
     const int per_unit = q_unit_blocks(s.block_parts), first = unit * per_unit;
     const int here = min(per_unit, s.q_blocks - first), parts = here * s.block_parts;
 
     for (int i = slot; i < parts; i += 8) {
-        const int r = first + i / s.block_parts;
+        const int block = per_unit > 1 ? i / s.block_parts : 0;
         int row;
-        const int n = part_rows(s, r, i % s.block_parts, &row);
+        const int n = part_rows(s, first + block, i - block * s.block_parts, &row);
         float mean[8];
         mean_rows<T, PART>(rows_of<T>(s.p.q, s, bh, row, octet, s.q_vectors), n, mean);
         store_octet(shared + i * dim + octet * 8, mean);
         if (octet == 0) tokens[i] = n;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < here * dim; i += blockDim.x) {
-        const int block = i / dim, d = i % dim;
+    const int d = slot * (dim / 8) + octet;  // as many threads as elements
+    for (int block = 0; block < here; block++)
         combine(shared + block * s.block_parts * dim, s.block_parts, dim, d,
                 tokens + block * s.block_parts,
                 s.q_means + (int64_t(bh) * s.q_blocks + first + block) * dim + d);
-    }
 }
 
 template <typename T, int PART>
 __device__ __forceinline__ void pool_k_blocks(const Selection &s, int bh, int unit, float *shared,
                                               int *tokens)
 {
-    const int dim = s.dim, octets = dim / 8, blocks = s.new_frames * s.frame_blocks;
-    const int slot = threadIdx.x / octets, octet = threadIdx.x % octets;
+    const int dim = s.dim, blocks = s.new_frames * s.frame_blocks;
+    const int slot = threadIdx.y, octet = threadIdx.x;
     const int block = unit * 2 + slot / 4, frame = block / s.frame_blocks;
     int start;
     int n = key_part_tokens(s, block % s.frame_blocks, slot % 4, &start);
@@ -95,18 +92,18 @@ __device__ __forceinline__ void pool_k_blocks(const Selection &s, int bh, int un
     store_octet(shared + slot * dim + octet * 8, mean);
     if (octet == 0) tokens[slot] = n;
     __syncthreads();
-    for (int i = threadIdx.x; i < 2 * dim; i += blockDim.x) {
-        const int which = i / dim, d = i % dim;
+    const int d = slot * (dim / 8) + octet;  // as many threads as elements
+#pragma unroll
+    for (int which = 0; which < 2; which++)
         combine(shared + which * 4 * dim, 4, dim, d, tokens + which * 4,
                 s.k_means + (int64_t(bh) * blocks + unit * 2 + which) * dim + d);
-    }
 }
 
 /* A tile of 8 query parts, split for the tensor cores; parts that do not exist are zeros. */
 template <typename T, int PART>
 __device__ __forceinline__ void pool_q_parts(const Selection &s, int bh, int unit, int octets)
 {
-    const int slot = threadIdx.x / octets, octet = threadIdx.x % octets;
+    const int slot = threadIdx.y, octet = threadIdx.x;
     const int a = unit * 8 + slot;
     int row = 0, n = 0;
     if (a < s.q_parts && octet * 8 < s.dim)
@@ -134,7 +131,7 @@ __device__ __forceinline__ void pool_q_parts(const Selection &s, int bh, int uni
 template <typename T, int PART>
 __device__ __forceinline__ void pool_k_parts(const Selection &s, int bh, int unit, int octets)
 {
-    const int slot = threadIdx.x / octets, octet = threadIdx.x % octets;
+    const int slot = threadIdx.y, octet = threadIdx.x;
     const int block = unit * 2 + slot / 4, frame = block / s.frame_blocks;
     const int b = block % s.frame_blocks, i = slot % 4;
     int start;
@@ -159,7 +156,7 @@ __global__ void __launch_bounds__(256, (POOL_RESIDENT<T, PART>))
 {
     extern __shared__ float4 pool_shared[];  // [parts of a unit][D] float, mean only
     __shared__ int tokens[POOL_PARTS];
-    const int bh = int(blockIdx.x % s.batch_heads), unit = int(blockIdx.x / s.batch_heads);
+    const int bh = blockIdx.x, unit = blockIdx.y;
     float *shared = reinterpret_cast<float *>(pool_shared);
 
     grid_launch_dependents();

@@ -1,7 +1,7 @@
 /* Second kernel of select_blocks, score mean: <query block mean, key block mean>.
  *
  *   grid   key chunks * row tiles * batch * heads
- *   block  4 warps; a warp has 10 query blocks, a lane 2 key blocks
+ *   block  8 warps; a warp has 5 query blocks, a lane 2 key blocks
  *
  * Each product is one chain of fused multiply-adds over d, as on the CPU, so the scores are
  * bit-equal to the CPU's and so are the lists. Bound by shared memory and the FMA units alike. */
@@ -11,7 +11,7 @@
 
 namespace lf {
 
-constexpr int MEAN_WARPS = 4, MEAN_ROWS = 10, MEAN_KEYS = 64, MEAN_DIM = 128;
+constexpr int MEAN_WARPS = 8, MEAN_ROWS = 5, MEAN_KEYS = 64, MEAN_DIM = 128;
 constexpr int MEAN_TILE = MEAN_WARPS * MEAN_ROWS;
 
 struct MeanShared {
@@ -19,23 +19,26 @@ struct MeanShared {
     float q[MEAN_TILE][MEAN_DIM];
 };
 
-/* Elements [d0, d0 + dim) of key blocks [first, ..) into k, those of given or of new means. */
+/* Elements [d0, d0 + dim) of key blocks [first, ..) into k, those of given or of new means: a warp
+ * copies a block's, so that nothing is divided. */
 __device__ __forceinline__ void load_key_means(const Selection &s, int bh, int first, int d0,
                                                int dim, bool given, MeanShared &shared)
 {
-    const int limit = int(s.p.means_frames) * s.frame_blocks, quads = dim / 4;
-    for (int i = threadIdx.x; i < MEAN_KEYS * quads; i += blockDim.x) {
-        const int at = i / quads, d = i % quads * 4;
-        const int j = min(first + at, s.blocks - 1);
+    const int limit = int(s.p.means_frames) * s.frame_blocks, d = threadIdx.x % 32 * 4;
+    const float *from = given ? given_mean(s, bh, 0) : s.k_means;
+    const int64_t stride = given ? s.p.k_means.token : s.dim;
+    const int64_t offset = given ? 0 : int64_t(bh) * (s.blocks - limit) - limit;
+    if (d >= dim) return;
+#pragma unroll
+    for (int i = 0; i < MEAN_KEYS / MEAN_WARPS; i++) {
+        const int at = int(threadIdx.x) / 32 + i * MEAN_WARPS, j = min(first + at, s.blocks - 1);
         if ((j < limit) != given) continue;
-        const float *from =
-            given ? given_mean(s, bh, j)
-                  : s.k_means + (int64_t(bh) * (s.blocks - limit) + j - limit) * s.dim;
+        const float *mean = from + (offset + j) * stride + d0 + d;
         float *to = &shared.k[at][d];
         if (!given || s.means_vectors) {
-            cp_async_16(smem_address(to), from + d0 + d);
+            cp_async_16(smem_address(to), mean);
         } else {
-            for (int e = 0; e < 4; e++) to[e] = from[d0 + d + e];
+            for (int e = 0; e < 4; e++) to[e] = mean[e];
         }
     }
 }
@@ -43,10 +46,11 @@ __device__ __forceinline__ void load_key_means(const Selection &s, int bh, int f
 __device__ __forceinline__ void load_q_means(const Selection &s, int bh, int first, int d0, int dim,
                                              MeanShared &shared)
 {
-    const int quads = dim / 4;
-    for (int i = threadIdx.x; i < MEAN_TILE * quads; i += blockDim.x) {
-        const int at = i / quads, d = i % quads * 4;
-        const int r = min(first + at, s.q_blocks - 1);
+    const int d = threadIdx.x % 32 * 4;
+    if (d >= dim) return;
+#pragma unroll
+    for (int i = 0; i < MEAN_ROWS; i++) {
+        const int at = int(threadIdx.x) / 32 + i * MEAN_WARPS, r = min(first + at, s.q_blocks - 1);
         cp_async_16(smem_address(&shared.q[at][d]),
                     s.q_means + (int64_t(bh) * s.q_blocks + r) * s.dim + d0 + d);
     }

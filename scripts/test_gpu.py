@@ -1,0 +1,354 @@
+"""Runs every GPU test, then the same kernels under compute-sanitizer, and keeps the raw logs.
+
+    python scripts/test_gpu.py [--only tests,memcheck,racecheck,cpu] [--out FOLDER] [--limit S]
+
+tests      every tests/test_gpu_*.py; those of attention run the portable and the Hopper kernel
+memcheck   the operator tests under memcheck, without torch's caching allocator, so that each
+           tensor is an allocation of its own; first four planted faults, which must be reported
+racecheck  small cases of every kernel under racecheck
+cpu        the operators' CPU tests, on every instruction set that this processor has
+
+Raw logs and summary.txt and summary.json go to benchmarks/results/gpu-<card>, or to FOLDER. The
+exit status is 1 if a test failed, a sanitizer reported anything, a part ran out of time (--limit,
+280 s each) or passed no test at all. A skipped test is counted as skipped, never as passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as xml
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("tests", "memcheck", "racecheck", "cpu")
+REPORTED = 86  # exit status by which compute-sanitizer says that it reported something
+
+CPU_TESTS = [f"tests/test_{name}.py" for name in ("compress", "select", "attend", "blocks", "cag")]
+
+# What runs under memcheck, a process each: a name, a regular expression of test ids.
+MEMCHECK = {
+    "attend portable": r"test_gpu_attend\.py::.*portable",
+    "attend sm90": r"test_gpu_attend\.py::.*sm90",
+    "select frames": r"test_gpu_select\.py::test_(frame_sizes|block_sizes|budgets)",
+    "select others": r"test_gpu_select\.py::(?!test_(frame_sizes|block_sizes|budgets))",
+    "compress": r"test_gpu_compress\.py::",
+    # Capture and flat memory need the caching allocator; the compiler's own kernels are not ours.
+    "torch": r"test_gpu_torch\.py::(?!.*(graph|memory|compiled|opcheck))",
+}
+RACECHECK = {
+    "attend portable": r"test_gpu_attend\.py::test_(lists_of_every_length\[.*(60-7|78-6).*bfloat16"
+    r"|dense_of_any_length\[.*(1-500|300-1000|257-64).*bfloat16).*",
+    "compress": r"test_gpu_compress\.py::test_bits_of_the_cpu\[(37|60|78)-.*(bfloat16|float32)",
+    "select": r"test_gpu_select\.py::test_(frame_sizes\[.*(-|\[)(60|78)(-|\])"
+    r"|a_nan_key_ranks_last|given_means_give_the_same_bits)",
+}
+RACECHECK["attend sm90"] = RACECHECK["attend portable"]
+
+# An operator on a tensor whose memory was cut behind its back: memcheck must see it.
+PLANTED = """
+import sys, torch, lightforcing as lf
+from lightforcing import _core
+options = dict(dtype=torch.bfloat16, device="cuda")
+q, k, v = (torch.zeros(1, n, 2, 128, **options) for n in (256, 1024, 1024))
+out = torch.zeros_like(q)
+cut = out if "attend" in sys.argv[1] else k
+cut.untyped_storage().resize_(4096)
+torch.cuda.synchronize()
+if sys.argv[1] == "compress":
+    lf.compress(k, 64)
+elif sys.argv[1] == "select":
+    lf.select_blocks(q, k, frame_tokens=128, sparsity=0.5)
+else:
+    _core.force_kernel(sys.argv[1].split()[1])
+    lf.block_sparse_attention(q, k, v, out=out)
+torch.cuda.synchronize()
+"""
+
+
+@dataclass
+class Run:
+    """One process and what came of it."""
+
+    part: str
+    name: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    reports: int | None = None  # of the sanitizer; None: it did not run
+    planted: bool = False  # a fault that must be reported
+    status: int | None = None  # exit status; None: out of time
+    log: str = ""
+    skips: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def good(self):
+        """Did it show what it is there to show?"""
+        if self.planted:
+            return bool(self.reports)
+        return self.status == 0 and self.failed == 0 and self.passed > 0 and not self.reports
+
+    def __str__(self):
+        """One line."""
+        text = f"{self.part:<10} {self.name:<18} "
+        if self.planted:
+            text += f"planted fault, {self.reports} reports"
+        else:
+            text += f"{self.passed:>5} passed {self.failed:>4} failed {self.skipped:>4} skipped"
+            text += "" if self.reports is None else f" {self.reports:>3} reports"
+        text += f" {self.seconds:6.0f} s"
+        if self.status is None:
+            text += "  OUT OF TIME"
+        return text + ("" if self.good else "  <- NOT GOOD")
+
+
+def output(*command):
+    """What a command prints, or an empty string."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def facts():
+    """Card, driver, versions and commit, asked in another process."""
+    program = (
+        "import json, torch, lightforcing as lf; i = lf.info(); print(json.dumps({"
+        "'card': torch.cuda.get_device_name() if torch.cuda.is_available() else None, "
+        "'chip': torch.cuda.get_device_capability() if torch.cuda.is_available() else None, "
+        "'torch': torch.__version__, 'cuda': torch.version.cuda, 'isas': i['isas'], "
+        "'embedded': i['cuda_archs'], 'cuda_built': bool(i['cuda_built']), "
+        "'lightforcing': lf.__version__}))"
+    )
+    found = json.loads(output(sys.executable, "-c", program) or "{}")
+    query = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    head = os.environ.get("LIGHTFORCING_COMMIT") or output("git", "rev-parse", "--short=10", "HEAD")
+    if not os.environ.get("LIGHTFORCING_COMMIT") and output("git", "status", "--porcelain", "-uno"):
+        head += "+"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": head or None,
+        "driver": query.partition("\n")[0] or None,
+        "python": sys.version.split()[0],
+        **found,
+    }
+
+
+def kernels():
+    """Names of all kernels in csrc/cuda, for the sanitizer's filter."""
+    pattern = re.compile(r"__global__\s[^;{}]*?\b(\w+_kernel)\s*\(", re.S)
+    text = "\n".join(p.read_text() for p in (ROOT / "csrc" / "cuda").glob("*.cu*"))
+    return sorted(set(pattern.findall(text)))
+
+
+def sanitizer(tool):
+    """The command in front of Python. API errors are left to the tests: each raises there."""
+    program = shutil.which("compute-sanitizer")
+    for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if not program and root and (Path(root) / "bin" / "compute-sanitizer").is_file():
+            program = str(Path(root) / "bin" / "compute-sanitizer")
+    if not program:
+        raise SystemExit("compute-sanitizer is not on PATH nor in CUDA_HOME/bin")
+    command = [program, "--tool", tool, "--error-exitcode", str(REPORTED), "--print-limit", "20"]
+    command += ["--target-processes", "application-only"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]
+    for name in kernels():
+        command += ["--kernel-name", f"kns={name}"]
+    return command
+
+
+def reports(text):
+    """How many errors or hazards the sanitizer's last line tells; None without that line."""
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    return int(found[-1]) if found else None
+
+
+def counts(path, run):
+    """Fill in what pytest's XML file says."""
+    if not path.exists():
+        return
+    skips = Counter()
+    for case in xml.parse(path).getroot().iter("testcase"):
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            run.failed += 1
+        elif skip is not None:
+            run.skipped += 1
+            skips[skip.get("message", "")] += 1
+        else:
+            run.passed += 1
+    run.skips = dict(skips)
+    path.unlink()
+
+
+def execute(run, command, out, limit, environment=None):
+    """Run one process, its output to a log; fills `run`."""
+    stem = f"{run.part}-{run.name}".replace(" ", "-")
+    log, result = out / f"{stem}.log", out / f"{stem}.xml"
+    if "pytest" in command:
+        command = [*command, f"--junitxml={result}"]
+    began = time.monotonic()
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            text, _ = process.communicate(timeout=limit)
+            run.status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            text, _ = process.communicate()
+            text += f"\nkilled after {limit} s\n"
+    run.seconds = time.monotonic() - began
+    counts(result, run)
+    if run.part in ("memcheck", "racecheck"):
+        run.reports = reports(text)
+        if run.status == REPORTED and not run.reports:
+            run.reports = 1
+    shown = " ".join(c if len(c) < 200 else f"{c[:60]}..." for c in command[:60])
+    for secret, name in ((f"{ROOT}/", ""), (str(Path.home()), "~"), (sys.prefix, "python")):
+        text, shown = text.replace(secret, name), shown.replace(secret, name)
+    log.write_text(f"$ {shown}\n{text}")
+    run.log = log.name
+    print(run, flush=True)
+    if not run.good:
+        print("\n".join(text.splitlines()[-25:]), flush=True)
+    return run
+
+
+def collected():
+    """Ids of all GPU tests."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=-q"]
+    done = subprocess.run(
+        [*command, *gpu_tests()],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    ids = [line for line in done.stdout.splitlines() if "::" in line]
+    if not ids:
+        raise SystemExit(f"no GPU test could be collected:\n{done.stdout}{done.stderr}")
+    return ids
+
+
+def gpu_tests():
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("test_gpu_*.py"))
+
+
+def pytest(*arguments):
+    """The command of one pytest process."""
+    plain = ("-p", "no:cacheprovider", "-ra", "--durations=10")
+    return [sys.executable, "-m", "pytest", *plain, *arguments]
+
+
+def under_sanitizer(tool, table, ids, out, limit):
+    """One process for each entry of the table, all at once: the GPU is shared, cores are many."""
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    front, jobs = sanitizer(tool), []
+    for name, pattern in table.items():
+        chosen = [i for i in ids if re.search(pattern, i)]
+        if name.startswith("attend "):
+            chosen = [i for i in chosen if name.split()[1] in i]
+        jobs.append((Run(tool, name), [*front, *pytest(*chosen)] if chosen else None))
+    if tool == "memcheck":
+        for name in ("compress", "select", "attend portable", "attend sm90"):
+            command = [*front, sys.executable, "-c", PLANTED, name]
+            jobs.insert(0, (Run(tool, f"planted {name}", planted=True), command))
+    runs = [run for run, _ in jobs]
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+        waiting = [
+            pool.submit(execute, run, command, out, limit, environment)
+            for run, command in jobs
+            if command is not None
+        ]
+        for job in waiting:
+            job.result()
+    return runs
+
+
+def run_parts(parts, out, limit, hopper):
+    """All runs of the chosen parts."""
+    runs = []
+    if "tests" in parts:
+        runs.append(execute(Run("tests", "all"), pytest(*gpu_tests()), out, limit))
+    if "memcheck" in parts or "racecheck" in parts:
+        ids = collected()
+        for tool, table in (("memcheck", MEMCHECK), ("racecheck", RACECHECK)):
+            if tool in parts:
+                found = under_sanitizer(tool, table, ids, out, limit)
+                runs += [r for r in found if hopper or "sm90" not in r.name]
+    if "cpu" in parts:
+        environment = {"OMP_WAIT_POLICY": "passive"}
+        runs.append(execute(Run("cpu", "operators"), pytest(*CPU_TESTS), out, limit, environment))
+    return runs
+
+
+def summary(machine, runs):
+    """The text that is kept."""
+    lines = [", ".join(f"{name} {value}" for name, value in machine.items())]
+    lines += [str(run) for run in runs]
+    skips = Counter()
+    for run in runs:
+        skips.update(run.skips)
+    lines += [f"skipped {n}: {reason}" for reason, n in skips.items()]
+    if any(r.part == "cpu" for r in runs) and "avx512" not in machine.get("isas", []):
+        lines.append("the CPU tests ran without AVX-512: this processor has none")
+    total = [sum(getattr(r, name) for r in runs) for name in ("passed", "failed", "skipped")]
+    lines.append("{} passed, {} failed, {} skipped".format(*total))
+    bad = [f"{r.part} {r.name}" for r in runs if not r.good]
+    lines.append("all good" if runs and not bad else f"NOT GOOD: {', '.join(bad) or 'nothing ran'}")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    """Run the parts; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma between them")
+    parser.add_argument("--out", type=Path, help="folder of logs and summary")
+    parser.add_argument("--limit", type=int, default=280, help="seconds of a process")
+    options = parser.parse_args(argv)
+    parts = options.only.split(",")
+    if unknown := [p for p in parts if p not in PARTS]:
+        parser.error(f"--only: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    machine = facts()
+    if parts != ["cpu"] and not (machine.get("card") and machine.get("cuda_built")):
+        print("no GPU, or a build without the CUDA half; --only cpu runs without")
+        return 1
+    card = re.sub(r"[^a-z0-9]+", "-", (machine.get("card") or "none").lower())
+    card = card.removeprefix("nvidia-").strip("-")
+    out = options.out or ROOT / "benchmarks" / "results" / f"gpu-{card}"
+    out.mkdir(parents=True, exist_ok=True)
+    hopper = machine.get("chip") == [9, 0]
+    runs = run_parts(parts, out.resolve(), options.limit, hopper)
+    text = summary(machine, runs)
+    (out / "summary.txt").write_text(text)
+    record = {"machine": machine, "runs": [asdict(r) | {"good": r.good} for r in runs]}
+    (out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(text, end="")
+    return int(not runs or any(not r.good for r in runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
