@@ -163,9 +163,15 @@ class Rollout:
     def _resize(self, new_model):
         """Bring literals of the released size (1560 tokens, 30 layers, 12 x 128) to this size."""
         pipeline, size = self.pipeline, self.size
+        note = self.checkout.note
         pipeline.num_transformer_blocks = size.layers
-        if "sampling_steps" in vars(pipeline):
+        note(f"num_transformer_blocks set to {size.layers}", "30 is a literal in most pipelines")
+        note(
+            f"prompts of {size.text_len} tokens, {size.text} channels", "512 and 4096 are slow here"
+        )
+        if "sampling_steps" in vars(pipeline) and pipeline.sampling_steps != 4:
             pipeline.sampling_steps = 4
+            note("sampling_steps set to 4", "50 is a literal in the many-step pipeline")
         if size.frame_tokens != self.literal:
             pipeline.frame_seq_length = size.frame_tokens
             for module in pipeline.generator.model.modules() if new_model else ():
@@ -173,7 +179,7 @@ class Rollout:
                     value = vars(module).get(name, 0)
                     if value and value % self.literal == 0:
                         setattr(module, name, value // self.literal * size.frame_tokens)
-            self.checkout.note(
+            note(
                 f"literal {self.literal} tokens a frame, set to {size.frame_tokens}",
                 "attributes frame_seq_length, frame_length, block_length, max_attention_size",
             )
@@ -255,5 +261,5 @@ def fitting(checkout: Checkout, entry: Entry, size: Size):
         return size
     checkout.note("60x104 latents, 1 layer of 1 head", "1560 tokens is a literal in its forward")
     height, width = FULL_FRAME
-    small = dict(height=height, width=width, layers=1, dim=128, heads=1, chunks=min(4, size.chunks))
+    small = dict(height=height, width=width, layers=1, dim=128, heads=1, chunks=min(3, size.chunks))
     return replace(size, **small)

@@ -52,9 +52,7 @@ def arguments(argv):
         "--preset", action="append", help="may be repeated; default: paper balanced fast"
     )
     p.add_argument("--threads", type=int, default=0, help="of torch and of lightforcing; 0: theirs")
-    p.add_argument(
-        "--only", default="", help="regular expression; run only cases whose name matches"
-    )
+    p.add_argument("--only", default="", help="regular expression that names of cases match")
     p.add_argument("--no-special", action="store_true", help="skip copies, turns and LoRA")
     p.add_argument("--json", metavar="FILE", help="write everything there as well")
     return p.parse_args(argv)
@@ -104,17 +102,13 @@ def run_checkout(checkout, options, size, presets):
             first = first or rollout
             show(result, presets)
             results.append(result)
-    same = checkout.fingerprint() == before
-    print(
-        f"\n{checkout.name}: {'no file changed' if same else 'FILES CHANGED'}, {len(before)} hashed"
-    )
-    print("stand-ins and settings:")
+    print(f"\n{checkout.name}: stand-ins and settings:")
     for what, reason in sorted(checkout.standins.items()):
         print(f"  {what}: {reason}")
     if left:
         print("loops not driven:\n" + "\n".join(f"  {line}" for line in left))
-    found = {"name": checkout.name, "commit": checkout.commit(), "files": len(before),
-             "unchanged": same, "standins": checkout.standins, "not_driven": left,
+    found = {"name": checkout.name, "commit": checkout.commit(), "hashes": before,
+             "standins": checkout.standins, "not_driven": left,
              "cases": results}  # fmt: skip
     return found, first
 
@@ -178,10 +172,15 @@ def main(argv=None):
         for check in extra:
             print(f"  {'holds' if check['holds'] else 'FAILS'}: {check['claim']} {check['detail']}")
     checks = extra + [c for found in checkouts for case in found["cases"] for c in case["checks"]]
-    failed = sum(not c["holds"] for c in checks) + sum(not f["unchanged"] for f in checkouts)
-    print(
-        f"\n{len(checks)} checks in {sum(len(f['cases']) for f in checkouts)} cases, {failed} fail"
-    )
+    failed = sum(not c["holds"] for c in checks)
+    print()
+    for path, found in zip(options.paths, checkouts, strict=True):
+        before = found.pop("hashes")
+        found["files"], found["unchanged"] = len(before), Checkout(path).fingerprint() == before
+        failed += not found["unchanged"]
+        outcome = "unchanged" if found["unchanged"] else "CHANGED"
+        print(f"{found['name']}: {len(before)} files hashed before and after, {outcome}")
+    print(f"{len(checks)} checks in {sum(len(f['cases']) for f in checkouts)} cases, {failed} fail")
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k not in ("paths", "json")}
         document = {"environment": facts, "settings": settings, "checkouts": checkouts,
