@@ -37,7 +37,7 @@ def warmup(*devices: int) -> None:
     devices. ``patch`` calls it; calling it again costs microseconds.
 
     Args:
-        *devices: indices of CUDA devices; none is torch's current one, where torch sees a GPU.
+        *devices: indices of CUDA devices; none is torch's current one, once torch uses CUDA.
 
     Raises:
         NotImplementedError: a device is named and this build has no CUDA half.
@@ -46,7 +46,7 @@ def warmup(*devices: int) -> None:
     x = np.zeros((1, max(1, _core.threads()), 1, 8), np.float32)
     _core.compress(x, None, lambda shape, dtype: np.empty(shape, dtype), 1, 4, None)
     torch = sys.modules.get("torch")
-    if not devices and torch is not None and torch.cuda.is_available() and info()["cuda_kernels"]:
+    if not devices and torch is not None and torch.cuda.is_initialized() and info()["cuda_kernels"]:
         devices = (torch.cuda.current_device(),)
     for device in devices:
         _core.cuda_warmup(device)

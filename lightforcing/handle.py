@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import threading
-import time
 import weakref
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 
 from . import adapters, hook, ops, reasons, report
 from .means import BUFFERS, KeyMeans
-from .stats import Record
+from .stats import Record, Timer
 
 logger = logging.getLogger("lightforcing")
 logger.addHandler(logging.NullHandler())
@@ -188,16 +187,17 @@ class Handle:
         if place is not None:
             block = self._mean_block
             self._means[layer].skip(visit, k, place.frame_tokens, block, place.past)
-        clock = time.perf_counter()
+        timer = Timer(q) if self.config.timing and isinstance(q, torch.Tensor) else None
         out = original(*args, **kwargs)
-        seconds = time.perf_counter() - clock if self.config.timing and _on_cpu(q) else 0.0
+        if timer is not None:
+            timer.stop()
         pairs = place.pairs if place else 0
-        self.record.dense(layer, chunk, reason, pairs, seconds)
+        self.record.dense(layer, chunk, reason, pairs, timer)
         return out
 
     def _sparse(self, visit, place, q, k, v):
         config, layer, tokens = self.config, visit.hook.layer, place.frame_tokens
-        clock = time.perf_counter()
+        timer = Timer(q) if config.timing else None
         k_means = self._means[layer].pool(visit, k, tokens, self._mean_block, place.past)
         blocks = ops.select_blocks(
             q,
@@ -217,7 +217,8 @@ class Handle:
             out, lse = ops.block_sparse_attention(q, k, v, blocks, return_lse=True)
         else:
             out = ops.block_sparse_attention(q, k, v, blocks)
-        seconds = time.perf_counter() - clock if config.timing and _on_cpu(q) else 0.0
+        if timer is not None:
+            timer.stop()
         self.record.sparse(
             layer,
             place.chunk,
@@ -225,7 +226,7 @@ class Handle:
             pairs=place.pairs,
             density=place.density,
             keep_frames=place.raised,
-            seconds=seconds,
+            timer=timer,
             recall=self._recall(visit, q, k, v, lse) if config.probe else None,
         )
         return out
@@ -439,10 +440,6 @@ class _Place:
 
 def _where(layer, chunk):
     return f"layer {layer}" + (f", chunk {chunk}" if chunk else "")
-
-
-def _on_cpu(x):
-    return isinstance(x, torch.Tensor) and x.device.type == "cpu"
 
 
 def _is_blhd(x):

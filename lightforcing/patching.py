@@ -58,8 +58,8 @@ def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False
     if strict:
         config = config.replace(strict=True)
     adapter, layers, modules = adapters.find(target)
-    _check_devices(layers)
-    warmup()
+    devices = _cuda_devices(layers)
+    warmup(*devices)
     hooks = [hook.hook_of(layer) for layer in layers]
     handle = next((h.handle for h in hooks if h is not None and h.handle is not None), None)
     if handle is not None and type(handle.adapter) is not type(adapter):
@@ -111,13 +111,19 @@ def handle_of(target):
     return None
 
 
-def _check_devices(layers):
+def _cuda_devices(layers):
+    """Indices of the CUDA devices the layers lie on; raises if this build cannot serve them."""
+    devices = set()
     for layer in layers:
         tensors = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
         device = next((t.device for t in tensors if t.device.type == "cuda"), None)
-        if device is not None and not reasons.cuda_kernels():
+        if device is None:
+            continue
+        if not reasons.cuda_kernels():
             raise RuntimeError(
                 f"target: expected a model on the CPU, got one on {device}, and this build of "
                 "lightforcing has no CUDA kernels; build it where nvcc is on the PATH with "
                 "`pip install --no-cache-dir --force-reinstall --no-deps .` in its source tree"
             )
+        devices.add(device.index or 0)
+    return sorted(devices)

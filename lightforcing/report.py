@@ -181,6 +181,7 @@ def explain(handle, **facts) -> Plan:
 def stats(handle) -> dict:
     """See :meth:`Handle.stats`."""
     record, timing = handle.record, handle.config.timing
+    record.settle()
     keys = record.keys()
     chunks, layers = _unique(c for _, c in keys), sorted({layer for layer, _ in keys})
     values = record.total().to_dict(timing)

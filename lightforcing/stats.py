@@ -1,4 +1,7 @@
-"""What happened: counters by layer and chunk, milliseconds and recall. Nothing here syncs a device.
+"""What happened: counters by layer and chunk, milliseconds and recall.
+
+No call waits for a device: CUDA calls are timed by events, which are read when they have ended or
+when somebody reads the figures.
 
 Recall means stay tensors until somebody reads them. Chunks past :data:`LAST_CHUNK` share one
 cell, so that an endless stream does not grow the table.
@@ -9,6 +12,7 @@ import time
 from collections import Counter
 
 LAST_CHUNK = 255
+PENDING = 512  # CUDA timings whose events have not been read
 
 
 class Cell:
@@ -60,6 +64,31 @@ class Cell:
         return values
 
 
+class Timer:
+    """Seconds of one call: the host's clock on the CPU, two events on a CUDA stream."""
+
+    def __init__(self, x):
+        """Starts now; the device of ``x``, the query, decides how."""
+        self.events = self.seconds = None
+        self._start = 0.0
+        if x.is_cuda:
+            import torch
+
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._stream = torch.cuda.current_stream(x.device)
+            self.events[0].record(self._stream)
+        elif x.device.type == "cpu":
+            self.seconds, self._start = 0.0, time.perf_counter()
+
+    def stop(self):
+        """The call was made; on CUDA it may still run, and nothing waits for it."""
+        if self.events is not None:
+            self.events[1].record(self._stream)
+        elif self.seconds is not None:
+            self.seconds = time.perf_counter() - self._start
+        return self
+
+
 class Record:
     """All cells of a handle, and the clock of whole steps."""
 
@@ -68,10 +97,11 @@ class Record:
         self._lock = threading.Lock()
         self._thread = threading.local()
         self.cells = {}  # (layer, chunk or None) -> Cell
+        self._pending = []  # (cell, field, events) of CUDA calls
         self.wall = self.attention = self.dense_equivalent = 0.0  # seconds in whole steps
         self.steps = 0
 
-    def dense(self, layer, chunk, reason, pairs=0, seconds=0.0):
+    def dense(self, layer, chunk, reason, pairs=0, timer=None):
         """A call went through the original function."""
         with self._lock:
             cell = self._cell(layer, chunk)
@@ -79,10 +109,9 @@ class Record:
             cell.dense[reason] += 1
             cell.pairs += pairs
             cell.kept_pairs += pairs
-            cell.dense_seconds += seconds
-        self._spend(seconds, seconds)
+            self._time(cell, "dense_seconds", timer, 1.0)
 
-    def sparse(self, layer, chunk, *, sparsity, pairs, density, keep_frames, seconds, recall):
+    def sparse(self, layer, chunk, *, sparsity, pairs, density, keep_frames, timer, recall):
         """A call ran sparse; ``recall`` is None or a pair of one-element tensors."""
         with self._lock:
             cell = self._cell(layer, chunk)
@@ -92,12 +121,40 @@ class Record:
             cell.pairs += pairs
             cell.kept_pairs += pairs * density
             cell.keep_frames = max(cell.keep_frames, keep_frames)
-            cell.sparse_seconds += seconds
+            self._time(cell, "sparse_seconds", timer, density)
             if recall is not None:
                 cell.recall = cell.recall + recall[0]
                 cell.recall_low = cell.recall_low + recall[1]
                 cell.recalled += 1
-        self._spend(seconds, seconds / density)
+
+    def _time(self, cell, field, timer, density):
+        if timer is None:
+            return
+        if timer.events is not None:
+            self._pending.append((cell, field, timer.events))
+            if len(self._pending) > PENDING:
+                self._read_events(wait=False)
+        elif timer.seconds is not None:
+            setattr(cell, field, getattr(cell, field) + timer.seconds)
+            self._spend(timer.seconds, timer.seconds / density)
+
+    def _read_events(self, wait):
+        """Adds up the CUDA calls that have ended; with ``wait``, those that still run too."""
+        still = []
+        for cell, field, (start, end) in self._pending:
+            if wait:
+                end.synchronize()
+            if wait or end.query():
+                seconds = start.elapsed_time(end) * 1e-3
+                setattr(cell, field, getattr(cell, field) + seconds)
+            else:
+                still.append((cell, field, (start, end)))
+        self._pending = still
+
+    def settle(self):
+        """Wait for the timed CUDA calls and add them up; only the reader of the figures waits."""
+        with self._lock:
+            self._read_events(wait=True)
 
     def note(self, layer, chunk, reason):
         """A forward that made no attention call, and why."""
@@ -133,7 +190,10 @@ class Record:
 
     @property
     def attention_share(self):
-        """Attention in whole steps as they ran, of their wall time; None before a step ended."""
+        """Attention in whole steps as they ran, of their wall time.
+
+        None before a step ended, and on CUDA, where the host's clock does not see a step's end.
+        """
         return self.attention / self.wall if self.steps else None
 
     @property
