@@ -8,7 +8,7 @@ BUILT   := $(VENV)/.built
 C_FILES := $(shell find csrc -name '*.[ch]' -not -name dlpack.h -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: build demo test bench format lint sanitize mutants wheel wheel-matrix clean test-gpu
+.PHONY: build demo test bench format lint sanitize mutants wheel wheel-matrix clean test-gpu ptxas
 
 build: $(BUILT)
 
@@ -20,9 +20,11 @@ test: export OMP_WAIT_POLICY = passive
 test: lint                   ## lint, every test, the README's code and the notebooks
 	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=300
 
-test-gpu: build              ## the tests that need a GPU; without one it fails and says so
-	PYTHONPATH=tests $(PY) -c "import gpu, sys; sys.exit(gpu.why_not())"
-	$(PY) -m pytest tests/test_gpu_*.py
+test-gpu: build              ## GPU tests, compute-sanitizer and the CPU tests, on a machine with a GPU
+	$(PY) scripts/test_gpu.py
+
+ptxas: build                 ## registers and spills of every CUDA kernel; fails on a spill
+	$(PY) scripts/ptxas_report.py
 
 bench: build                 ## CPU speed against torch, into benchmarks/results
 	$(PY) benchmarks/cpu.py

@@ -101,11 +101,21 @@ def test_no_fast_math():
 
 
 def test_every_launch_names_its_stream_and_is_checked():
+    launches = 0
     for path in sources(".cu", ".cuh"):
-        text = path.read_text()
-        launches = re.findall(r"<<<(.*?)>>>", text, flags=re.S)
-        assert all("stream" in x for x in launches), path.name
-        assert text.count("LF_CUDA_TRY(cudaGetLastError())") == len(launches), path.name
+        text = "\n".join(bare for _, bare in code(path))
+        chevrons = re.findall(r"<<<(.*?)>>>", text, flags=re.S)
+        assert all("stream" in x for x in chevrons), path.name
+        assert text.count("LF_CUDA_TRY(cudaGetLastError())") == len(chevrons), path.name
+        assert text.count("cudaLaunchConfig_t") == text.count(".stream ="), path.name
+        # A launch by configuration is checked there, or returned to callers who all check it.
+        for before in re.findall(r"(\S+)\s*cudaLaunchKernel\w*\(", text):
+            assert before in ("LF_CUDA_TRY(", "return"), path.name
+        for name in re.findall(r"\bcudaError_t (\w+)\(", text):
+            calls = re.findall(rf"(\S+?)\s*\b{name}\(", text)
+            assert set(calls) <= {"LF_CUDA_TRY(", "cudaError_t", "return"}, f"{path.name}: {name}"
+        launches += len(chevrons) + text.count("cudaLaunchKernel")
+    assert launches >= 1
 
 
 def test_the_core_never_synchronises_or_allocates_on_the_device():

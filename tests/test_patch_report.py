@@ -155,11 +155,8 @@ def test_timing_by_layer_and_chunk(model, monkeypatch):
     """A clock that moves by 1 s a reading: each call takes one."""
     from itertools import count
 
-    from lightforcing import handle as handle_module
-
     ticks = count()
     clock = type("Clock", (), {"perf_counter": staticmethod(lambda: float(next(ticks)))})
-    monkeypatch.setattr(handle_module, "time", clock)
     monkeypatch.setattr(stats, "time", clock)
     with lf.patched(model, "fast", timing=True, **SMALL) as handle:
         ar.rollout(model, 3)
@@ -196,8 +193,6 @@ def test_timing_is_off_by_default(model):
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 def test_probe_is_the_share_of_dense_attention_mass(preset, monkeypatch):
     """Against the softmax mass in float64 of the same rows."""
-    from lightforcing import handle as handle_module
-
     truth, select = [], handle_module.ops.select_blocks
 
     def selecting(q, k, **keywords):
