@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lightforcing as lf
-from lightforcing import report, stats
+from lightforcing import ops, report, stats
 
 SMALL = {"block_q": 16, "block_k": 16}
 
@@ -193,7 +193,7 @@ def test_timing_is_off_by_default(model):
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 def test_probe_is_the_share_of_dense_attention_mass(preset, monkeypatch):
     """Against the softmax mass in float64 of the same rows."""
-    truth, select = [], handle_module.ops.select_blocks
+    truth, select = [], ops.select_blocks
 
     def selecting(q, k, **keywords):
         blocks = select(q, k, **keywords)
@@ -204,7 +204,7 @@ def test_probe_is_the_share_of_dense_attention_mass(preset, monkeypatch):
         truth.append((logits.softmax(-1) * kept).sum(-1).flatten())
         return blocks
 
-    monkeypatch.setattr(handle_module.ops, "select_blocks", selecting)
+    monkeypatch.setattr(ops, "select_blocks", selecting)
     model = ar.make(layers=1)
     with lf.patched(model, preset, probe=10_000, **SMALL) as handle:  # every row
         ar.rollout(model, 2, steps=0)
