@@ -91,7 +91,15 @@ def unsupported(q, k, v):
         return f"head size {size}"
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "a last stride other than 1"
+    if kind == "cuda" and not all(map(_in_16_bytes, (q, k, v))):
+        return "strides or addresses that are not multiples of 16 bytes"
     return None
+
+
+def _in_16_bytes(x):
+    """Can the copy engines of a GPU take this 16-bit tensor as it lies?"""
+    strides = zip(x.stride()[:3], x.shape, strict=False)
+    return x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step, size in strides if size > 1)
 
 
 def not_frames(q_len, k_len, frame_tokens):
