@@ -21,7 +21,10 @@ import lightforcing as lf
 CUDA_PRODUCER = (
     (TypeError, "x: expected a library whose current CUDA stream is known (torch, CuPy)")
     if lf.info()["cuda_built"]
-    else (NotImplementedError, "compress: expected tensors on the CPU, got cuda:1: this build has")
+    else (
+        NotImplementedError,
+        "compress: expected tensors on the CPU, got cuda:1: ...no CUDA half...",
+    )
 )
 
 T = 4
