@@ -8,6 +8,7 @@ attention changes, and nothing about the quality of real videos.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +94,15 @@ def run(options, config) -> dict:
     Raises:
         ValueError: the frames are not whole chunks, or a side of the frame is odd.
     """
-    model = CausalWan(WanConfig.named("tiny"), seed=None)
+    window = {} if config.window is None else {"window_frames": config.window}
+    model = CausalWan(WanConfig.named("tiny", **window), seed=None)
     weights(model, options.seed)
+    print(
+        f"3 rollouts of {options.num_frames} frames of "
+        f"{model.config.frame_tokens(*options.size)} tokens: dense, sparse, and sparse with its "
+        "recall measured",
+        file=sys.stderr,
+    )
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     dense, dense_seconds = rollout(model, options, "dense")
