@@ -113,13 +113,18 @@ int pair_bytes(int dim)
     return dim == 64 ? int(sizeof(PairShared<64>)) : int(sizeof(PairShared<128>));
 }
 
-choose_fn pick_choose(lf_score score)
+template <bool WARP> choose_fn pick_choose(lf_score score)
 {
     switch (score) {
-    case LF_SCORE_MASS: return choose_kernel<LF_SCORE_MASS>;
-    case LF_SCORE_LSE: return choose_kernel<LF_SCORE_LSE>;
-    default: return choose_kernel<LF_SCORE_MEAN>;
+    case LF_SCORE_MASS: return choose_kernel<LF_SCORE_MASS, WARP>;
+    case LF_SCORE_LSE: return choose_kernel<LF_SCORE_LSE, WARP>;
+    default: return choose_kernel<LF_SCORE_MEAN, WARP>;
     }
+}
+
+choose_fn pick_choose(lf_score score, bool warp)
+{
+    return warp ? pick_choose<true>(score) : pick_choose<false>(score);
 }
 
 // ---- the device
@@ -152,7 +157,8 @@ int prepare(Device *device, lf_error *err)
         LF_CUDA_TRY(allow_shared(mean_scores_kernel, int(sizeof(MeanShared))));
         for (int dim : {64, 128}) LF_CUDA_TRY(allow_shared(pick_pair(dim), pair_bytes(dim)));
         for (lf_score score : {LF_SCORE_MEAN, LF_SCORE_MASS, LF_SCORE_LSE})
-            LF_CUDA_TRY(allow_shared(pick_choose(score), int(CHOOSE_BYTES_MOST)));
+            for (bool warp : {false, true})
+                LF_CUDA_TRY(allow_shared(pick_choose(score, warp), int(CHOOSE_BYTES_MOST)));
         LF_CUDA_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
         // Code compiled on the spot from PTX of sm_80 does not wait, whatever the chip.
         fact = 2 * processors + (attributes.ptxVersion >= 90);
@@ -220,16 +226,18 @@ int launch_pairs(const Selection &s, const Device &device, lf_place place, lf_er
     ranges = ranges < 1 ? 1 : ranges > most ? most : ranges;
 
     LF_CUDA_TRY(launch_after(device.overlaps, pick_pair(dim),
-                             unsigned(chunks * ranges * s.batch_heads),
-                             PAIR_THREADS, pair_bytes(dim), place, s, chunks, int(ranges)));
+                             unsigned(chunks * ranges * s.batch_heads), PAIR_THREADS,
+                             pair_bytes(dim), place, s, chunks, int(ranges)));
     return 0;
 }
 
 int launch_choose(const Selection &s, const Device &device, lf_place place, lf_error *err)
 {
-    const bool shares = s.p.score == LF_SCORE_MASS && lanes_hold_rows(s.blocks);
-    LF_CUDA_TRY(launch_after(device.overlaps, pick_choose(s.p.score),
-                             unsigned(s.q_blocks) * unsigned(s.batch_heads), CHOOSE_THREADS,
+    const bool warp = warp_holds_row(s.blocks), mean = s.p.score == LF_SCORE_MEAN;
+    const bool shares = s.p.score == LF_SCORE_MASS && warp;
+    LF_CUDA_TRY(launch_after(device.overlaps, pick_choose(s.p.score, warp),
+                             unsigned(s.q_blocks) * unsigned(s.batch_heads),
+                             mean && warp ? 32 : CHOOSE_THREADS,
                              choose_bytes(s.blocks, s.p.k_frames, shares), place, s));
     return 0;
 }

@@ -8,16 +8,15 @@
  * by histograms of a shrinking range; then the list, in order of the index. Bound by latency. */
 #pragma once
 
-#include "select.cuh"
+#include "select_row.cuh"
 
 namespace lf {
 
 constexpr int CHOOSE_WARPS = 8, CHOOSE_THREADS = 32 * CHOOSE_WARPS;
-constexpr int SHARES = 20;  // logits of a row that a lane holds; longer rows are read twice
 constexpr float CHOOSE_LOG2_E = 1.44269504f, EXP_FLOOR = -87.0f;
 
 struct ChooseShared {
-    uint32_t bins[CHOOSE_THREADS];
+    alignas(16) uint32_t bins[CHOOSE_THREADS];
     uint32_t low[CHOOSE_WARPS], high[CHOOSE_WARPS];
     uint32_t bin, above, inside;
     float row_most[32], row_weight[32];
@@ -30,8 +29,6 @@ __host__ __device__ inline int64_t choose_bytes(int64_t blocks, int64_t frames, 
     const int64_t words = (blocks + 31) / 32;
     return 4 * (blocks + 2 * frames + 2 * words + (shares ? 8 * blocks : 0));
 }
-
-__host__ __device__ inline bool lanes_hold_rows(int blocks) { return blocks <= 32 * SHARES; }
 
 /* Larger for a higher score; -0 equals +0. NaN is 1, below every number; 0 is no candidate. */
 __device__ __forceinline__ uint32_t sort_key(float score)
@@ -74,26 +71,26 @@ __device__ __forceinline__ void mass_by_lanes(const Selection &s, int r, int row
     for (int base = 0; base < rows; base += 8) {
         if (base + warp < rows) {
             const float *row = logits + int64_t(base + warp) * s.padded_blocks;
-            float x[SHARES], most = -FLT_MAX, sum = 0.0f;
+            float x[ROW_KEYS], most = -FLT_MAX, sum = 0.0f;
             uint32_t nan = 0;
             int first;
 #pragma unroll
-            for (int i = 0; i < SHARES; i++)
+            for (int i = 0; i < ROW_KEYS; i++)
                 x[i] = lane + 32 * i < s.blocks ? row[lane + 32 * i] : -FLT_MAX;
 #pragma unroll
-            for (int i = 0; i < SHARES; i++) {
+            for (int i = 0; i < ROW_KEYS; i++) {
                 nan |= uint32_t(marks_nan(x[i])) << i;
                 most = fmaxf(most, x[i]);
             }
             most = warp_max(most);
 #pragma unroll
-            for (int i = 0; i < SHARES; i++) {
+            for (int i = 0; i < ROW_KEYS; i++) {
                 x[i] = lane + 32 * i < s.blocks ? share(x[i], most) : 0.0f;
                 sum += x[i];
             }
             const float weight = float(part_rows(s, r, base + warp, &first)) / warp_sum(sum);
 #pragma unroll
-            for (int i = 0; i < SHARES; i++)
+            for (int i = 0; i < ROW_KEYS; i++)
                 if (lane + 32 * i < s.blocks)
                     shares[warp * s.blocks + lane + 32 * i] =
                         nan >> i & 1 ? __uint_as_float(0x7fffffffu) : x[i] * weight;
@@ -174,46 +171,50 @@ __device__ __forceinline__ float frame_score(const Selection &s, const float *sc
         for (int b = 0; b < s.frame_blocks; b++) sum += expf(scores[b] - most);
         return most + logf(sum);
     } else {
+        const int last = s.frame_blocks - 1, full = int(s.p.block_k);
+        const double rest = double(int(s.p.frame_tokens) - last * full), whole = double(full);
         double sum = 0;
-        for (int b = 0; b < s.frame_blocks; b++) {
-            const int64_t left = s.p.frame_tokens - b * s.p.block_k;
-            const double weight =
-                SCORE == LF_SCORE_MASS ? 1.0 : double(left < s.p.block_k ? left : s.p.block_k);
-            sum += weight * double(scores[b]);
-        }
-        return float(SCORE == LF_SCORE_MASS ? sum : sum / double(s.p.frame_tokens));
+#pragma unroll 8
+        for (int b = 0; b < last; b++)
+            sum += SCORE == LF_SCORE_MASS ? double(scores[b]) : whole * double(scores[b]);
+        sum += SCORE == LF_SCORE_MASS ? double(scores[last]) : rest * double(scores[last]);
+        return float(SCORE == LF_SCORE_MASS ? sum : sum / double(int(s.p.frame_tokens)));
     }
 }
 
+/* Of all threads, or of the first warp alone. */
+template <bool WARP> __device__ __forceinline__ void sync()
+{
+    if constexpr (WARP)
+        __syncwarp();
+    else
+        __syncthreads();
+}
+
 /* chosen[t]: 1 if the blocks of frame t are candidates. Ends with a barrier. */
-template <lf_score SCORE>
+template <lf_score SCORE, bool WARP>
 __device__ __forceinline__ void choose_frames(const Selection &s, const float *scores,
                                               uint32_t *keys, uint32_t *chosen)
 {
     const int all = int(s.p.k_frames), past = all - int(s.p.q_frames);
     const int first = int(s.p.sink_frames), last = past - int(s.p.near_frames);
     const int wanted = int(s.p.keep_frames) - first - int(s.p.near_frames);
+    constexpr int THREADS = WARP ? 32 : CHOOSE_THREADS;
 
-    for (int t = first + int(threadIdx.x); t < last; t += CHOOSE_THREADS)
+    for (int t = first + int(threadIdx.x); t < last; t += THREADS)
         keys[t] = sort_key(frame_score<SCORE>(s, scores + t * s.frame_blocks));
-    __syncthreads();
-    for (int t = threadIdx.x; t < all; t += CHOOSE_THREADS) {
+    sync<WARP>();
+    for (int t = threadIdx.x; t < all; t += THREADS) {
         int better = 0;
         if (t >= first && t < last)
             for (int u = first; u < last; u++)
                 better += keys[u] > keys[t] || (keys[u] == keys[t] && u < t);
         chosen[t] = t < first || t >= last || better < wanted;
     }
-    __syncthreads();
+    sync<WARP>();
 }
 
 // ---- the cut -----------------------------------------------------------------------------------
-
-/* A threshold T and a number: keys above T are kept, and so are the first `equal` of those that
- * are T, `kept` altogether. 1 <= kept <= number of keys that are not 0. */
-struct Cut {
-    uint32_t threshold, equal;
-};
 
 __device__ __forceinline__ Cut find_cut(const uint32_t *keys, int n, uint32_t kept,
                                         ChooseShared &shared)
@@ -304,8 +305,29 @@ __device__ __forceinline__ void write_list(const uint32_t *keys, int n, Cut cut,
     }
 }
 
+/* The scores of a row (mass, lse) into shared memory, and to the caller. Ends with a barrier. */
 template <lf_score SCORE>
-__global__ void __launch_bounds__(CHOOSE_THREADS) choose_kernel(const __grid_constant__ Selection s)
+__device__ __forceinline__ void score_row(const Selection &s, int64_t row, int r, float *scores,
+                                          float *shares, ChooseShared &shared)
+{
+    const float *logits = s.logits + row * s.block_parts * s.padded_blocks;
+    const int rows_here = min(int(s.p.block_q), s.q_len - r * int(s.p.block_q));
+    const int rows = (rows_here + s.part - 1) / s.part;
+    if constexpr (SCORE == LF_SCORE_LSE)
+        lse_of_rows(s, r, rows, logits, scores);
+    else if (warp_holds_row(s.blocks))
+        mass_by_lanes(s, r, rows, logits, scores, shares);
+    else
+        mass_by_passes(s, r, rows, logits, scores, shared);
+    if (s.p.scores)
+        for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
+            s.p.scores[row * s.blocks + j] = scores[j];
+}
+
+// 64 registers: the 444 blocks of a call of 12 heads and 4680 rows are resident at once.
+template <lf_score SCORE, bool WARP>
+__global__ void __launch_bounds__(CHOOSE_THREADS, 4)
+    choose_kernel(const __grid_constant__ Selection s)
 {
     extern __shared__ uint32_t choose_shared[];
     __shared__ ChooseShared shared;
@@ -314,38 +336,50 @@ __global__ void __launch_bounds__(CHOOSE_THREADS) choose_kernel(const __grid_con
     uint32_t *frame_keys = keys + s.blocks;                    // [F]
     uint32_t *frames = frame_keys + s.p.k_frames;              // [F] 1: candidates
     uint32_t *words = frames + s.p.k_frames;                   // [2][ceil(J / 32)]
-    const int64_t row = blockIdx.x;                            // of [B, H, R]
-    const int r = int(blockIdx.x % unsigned(s.q_blocks));
+    float *shares = reinterpret_cast<float *>(words + 2 * ((s.blocks + 31) / 32));
+    const int64_t row = blockIdx.x;  // of [B, H, R]
+    const int r = int(blockIdx.x % unsigned(s.q_blocks)), lane = threadIdx.x % 32;
+    const bool by_frame = s.p.hierarchy && s.p.k_frames - s.p.q_frames > s.p.keep_frames;
+    int32_t *list = s.p.indices + row * s.p.kept;
 
     grid_launch_dependents();
     grid_dependency_wait();
-    if constexpr (SCORE == LF_SCORE_MEAN) {
-        for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
-            scores[j] = s.scores[row * s.blocks + j];
-        __syncthreads();
-    } else {
-        const float *logits = s.logits + row * s.block_parts * s.padded_blocks;
-        const int rows_here = min(int(s.p.block_q), s.q_len - r * int(s.p.block_q));
-        const int rows = (rows_here + s.part - 1) / s.part;
-        float *shares = reinterpret_cast<float *>(words + 2 * ((s.blocks + 31) / 32));
-        if constexpr (SCORE == LF_SCORE_LSE)
-            lse_of_rows(s, r, rows, logits, scores);
-        else if (lanes_hold_rows(s.blocks))
-            mass_by_lanes(s, r, rows, logits, scores, shares);
-        else
-            mass_by_passes(s, r, rows, logits, scores, shared);
-        if (s.p.scores)
-            for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
-                s.p.scores[row * s.blocks + j] = scores[j];
-    }
+    if constexpr (SCORE != LF_SCORE_MEAN) score_row<SCORE>(s, row, r, scores, shares, shared);
 
-    const bool by_frame = s.p.hierarchy && s.p.k_frames - s.p.q_frames > s.p.keep_frames;
-    if (by_frame) choose_frames<SCORE>(s, scores, frame_keys, frames);
-    for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
-        keys[j] = by_frame && !frames[j / s.frame_blocks] ? 0 : sort_key(scores[j]);
-    __syncthreads();
-    const Cut cut = find_cut(keys, s.blocks, uint32_t(s.p.kept), shared);
-    write_list(keys, s.blocks, cut, words, s.p.indices + row * s.p.kept);
+    if constexpr (WARP) {
+        if (threadIdx.x >= 32) return;
+        const float *from = SCORE == LF_SCORE_MEAN ? s.scores + row * s.blocks : scores;
+        float x[ROW_KEYS];
+        uint32_t key[ROW_KEYS];
+#pragma unroll
+        for (int i = 0; i < ROW_KEYS; i++)
+            x[i] = lane + 32 * i < s.blocks ? from[lane + 32 * i] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < ROW_KEYS; i++) key[i] = lane + 32 * i < s.blocks ? sort_key(x[i]) : 0;
+        if (by_frame) {
+            if constexpr (SCORE == LF_SCORE_MEAN) {
+#pragma unroll
+                for (int i = 0; i < ROW_KEYS; i++)
+                    if (lane + 32 * i < s.blocks) scores[lane + 32 * i] = x[i];
+                __syncwarp();
+            }
+            choose_frames<SCORE, true>(s, scores, frame_keys, frames);
+            drop_frames(s, frames, key);
+        }
+        warp_list(key, s.blocks, warp_cut(key, uint32_t(s.p.kept), shared.bins), list);
+    } else {
+        if constexpr (SCORE == LF_SCORE_MEAN) {
+            for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
+                scores[j] = s.scores[row * s.blocks + j];
+            __syncthreads();
+        }
+        if (by_frame) choose_frames<SCORE, false>(s, scores, frame_keys, frames);
+        for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
+            keys[j] = by_frame && !frames[j / s.frame_blocks] ? 0 : sort_key(scores[j]);
+        __syncthreads();
+        write_list(keys, s.blocks, find_cut(keys, s.blocks, uint32_t(s.p.kept), shared), words,
+                   list);
+    }
 }
 
 }  // namespace lf
