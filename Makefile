@@ -52,7 +52,7 @@ wheel-matrix: $(READY)       ## that wheel on CPython 3.10 to 3.13 with old and 
 	$(PY) scripts/wheel_matrix.py
 
 clean:
-	rm -rf build dist demo lightforcing.egg-info lightforcing/*.so
+	rm -rf build dist demo lightforcing.egg-info lightforcing/*.so $(BUILT) $(READY)
 
 # The pinned tools of pyproject's `dev` extra, and this tree as an editable install. CUDA is left to
 # the build below, which keeps its objects.

@@ -62,12 +62,15 @@ class BuildCore(build_ext):
     def build_extension(self, ext):
         """Build one extension, with the CUDA half when nvcc is there."""
         nvcc = find_nvcc()
-        if nvcc and CUDA:
+        if nvcc and not CUDA:
+            raise SystemExit(
+                "csrc/cuda holds no .cu file; set LIGHTFORCING_NO_CUDA=1 to do without"
+            )
+        if nvcc:
             ext.extra_objects = self.compile_cuda(nvcc)
             ext.depends = [*ext.depends, *ext.extra_objects]  # relinked when one changes
             ext.library_dirs.append(cudart_folder(nvcc))
             ext.libraries += ["cudart_static", "dl", "rt", "pthread", "stdc++"]
-            ext.define_macros.append(("LF_CUDA_BUILT", "1"))
             ext.sources = [s for s in ext.sources if not s.endswith("no_cuda.c")]
         super().build_extension(ext)
 
@@ -131,7 +134,7 @@ def core():
     return Extension(
         "lightforcing._core",
         sources=COMMON + SOURCES,
-        depends=HEADERS,
+        depends=[*HEADERS, *CUDA],
         include_dirs=["csrc", numpy_include()],
         define_macros=[
             ("Py_LIMITED_API", "0x030A0000"),

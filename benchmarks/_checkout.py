@@ -16,6 +16,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import inspect
+import re
 import subprocess
 import sys
 import types
@@ -229,9 +230,22 @@ class Checkout:
                 torch.cuda.current_device = importing
 
     def load(self, module):
-        """Import one of the checkout's modules by its dotted name."""
+        """Import one of the checkout's modules by its dotted name.
+
+        A name that an installed package no longer has (transformers 5 dropped some) gets a
+        placeholder, and the import starts again.
+        """
         with self:
-            return importlib.import_module(module)
+            while True:
+                try:
+                    return importlib.import_module(module)
+                except ImportError as error:
+                    lost = re.match(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
+                    package = lost and sys.modules.get(lost[2])
+                    if not package or self._own(package) or hasattr(package, lost[1]):
+                        raise
+                    setattr(package, lost[1], placeholder(lost[1]))
+                    self.note(f"{lost[2]}.{lost[1]}", "not in the installed version")
 
     def loaded(self):
         """Return the checkout's own modules that have been imported, with their names."""

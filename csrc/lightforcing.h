@@ -161,7 +161,9 @@ int lf_attend_sm90(const lf_attend_params *p, void *workspace, lf_place place, l
 
 /* ---- this build -------------------------------------------------------------------- */
 
-/* Threads of every CPU operator; 0 asks for OpenMP's own default. Results do not depend on it. */
+/* Threads of every CPU operator; 0 asks for OpenMP's own default. Results do not depend on it. A
+ * forked child has one, from the first lf_watch_forks() on, which returns 0 or an error number. */
+int lf_watch_forks(void);
 void lf_set_threads(int threads);
 int lf_threads(void);
 

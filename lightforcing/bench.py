@@ -53,9 +53,9 @@ def run(
         "lightforcing sparse, selection included": lambda: lf.attention(q, k, v, **options),
         "lightforcing selection alone": lambda: lf.select_blocks(q, k, **options),
     }
+    lf.set_num_threads(threads or 0)  # checks it, before torch is asked
     if sdpa := torch_attention(q, k, v, threads):
         works["torch scaled_dot_product_attention"] = sdpa
-    lf.set_num_threads(threads or 0)
     try:
         samples = time_in_turn(works, seconds)
         used = lf.info()["threads"]

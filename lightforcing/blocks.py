@@ -34,7 +34,7 @@ class BlockList:
         keep_frames: past frames that the frame stage used, or None for a list made otherwise.
 
     The values are checked where they are used: the CPU operators raise a ValueError that names
-    the row; the conversions below check ranges.
+    the row; ``to_bool`` and ``density`` check ranges.
     """
 
     indices: Any
@@ -77,6 +77,14 @@ class BlockList:
                 f"indices: expected R = {frame_blocks(self.q_len, self.block_q)} query blocks "
                 f"(ceil(q_len / block_q)), got {shapes[1][2]}"
             )
+
+    def __repr__(self) -> str:
+        """The geometry, not the lists."""
+        return (
+            f"BlockList([B, H, R, Kmax] = {list(self.indices.shape)}, {self.q_len} queries in "
+            f"blocks of {self.block_q}, {self.k_len} keys in frames of {self.frame_tokens} and "
+            f"blocks of {self.block_k})"
+        )
 
     def _row(self) -> tuple:
         """What the core takes."""

@@ -133,9 +133,19 @@ def bench(options) -> int:
 
 def positive(text: str) -> int:
     """An argument that is an integer >= 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to 1000000, got {text}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """An argument that is a finite time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"expected seconds, above 0 and up to 86400, got {text}")
     return value
 
 
@@ -171,13 +181,15 @@ def parser() -> argparse.ArgumentParser:
     add("doctor", diagnose)
 
     command = add("selftest", selftest)
-    command.add_argument("--seconds", type=float, default=20, help="budget; default: %(default)s")
+    command.add_argument("--seconds", type=seconds, default=20, help="budget; default: %(default)s")
     command.add_argument("--seed", type=int, default=0)
 
     command = add("explain", explain)
     add_plan(command)
     command.add_argument(
-        "--num-frames", type=positive, default=21, help="latent frames; default: 21"
+        "--num-frames",
+        type=positive,
+        help="latent frames; default: what patch() plans, 21, or 63 with a window",
     )
     command.add_argument("--frames-per-chunk", type=positive, default=3, help="default: 3")
     command.add_argument(
@@ -209,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("bench", bench)
     add_plan(command)
     command.add_argument("--frame-tokens", type=positive, default=1560, help="default: %(default)s")
-    command.add_argument("--seconds", type=float, default=30, help="budget; default: %(default)s")
+    command.add_argument("--seconds", type=seconds, default=30, help="budget; default: %(default)s")
     command.add_argument("--threads", type=positive, help="default: OpenMP's own choice")
     return top
 
@@ -219,11 +231,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         return options.run(options)
-    except (Stop, ValueError, TypeError, NotImplementedError) as error:
-        print(f"lightforcing {options.command}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head` has seen enough; nothing is left to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (Stop, ValueError, TypeError, NotImplementedError, OSError, MemoryError) as error:
+        print(f"lightforcing {options.command}: {error}", file=sys.stderr)
+        return 2

@@ -10,8 +10,7 @@ from .schedule import LAWS
 SCORES = ("mean", "mass", "lse")
 
 # paper, paper-long: the published schedules and rule. The other three keep the same number of
-# blocks in every chunk and rank them by estimated attention mass, which lost 0.1 to 0.3 dB where
-# the paper's rule lost 2 to 3 dB at 12 % kept (small models, untuned weights).
+# blocks in every chunk and rank them by estimated attention mass.
 PRESETS = {
     "paper": {"sparsity": 0.88, "base": 0.98, "law": "linear", "score": "mean", "hierarchy": True},
     "paper-long": {
@@ -59,7 +58,8 @@ class Config:
         dense_layers: layers that stay dense, counted from 0; negative from the end.
         dense_steps: denoising steps of a chunk that stay dense, counted from 0.
         strict: raise where a call would stay dense for a reason nobody asked for.
-        timing: measure milliseconds of attention by layer and chunk (CPU tensors).
+        timing: measure milliseconds of attention by layer and chunk (events on CUDA, the
+            host's clock on the CPU).
         probe: query rows per sparse call whose recall is measured; 0 is off.
 
     Raises:
@@ -96,7 +96,8 @@ class Config:
             object.__setattr__(self, name, check(name, getattr(self, name), *limits))
 
         put("sparsity", _number, 0.0, 1.0, True)
-        put("base", _optional(_number), self.sparsity, 1.0)
+        low = 0.0 if self.law == "count" else self.sparsity  # which ignores it
+        put("base", _optional(_number), low, 1.0)
         put("law", _choice, LAWS)
         put("schedule", _optional(_tuple_of(_number)), 0.0, 1.0, True)
         for name in ("num_frames", "frames_per_chunk", "window", "frame_tokens"):
@@ -139,15 +140,18 @@ class Config:
         Raises:
             ValueError: no preset of this name. TypeError: no field of this name.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name]).replace(sparsity=sparsity, **overrides)
 
     def replace(self, *, sparsity=None, **overrides):
-        """A copy with fields replaced; ``sparsity=s`` sets base to ``min(1, s + 0.10)`` too."""
+        """A copy with fields replaced.
+
+        ``sparsity=s`` also sets base to ``min(1, s + 0.10)`` and drops a given schedule.
+        """
         _known(overrides)
         if sparsity is not None:
-            overrides = {"sparsity": sparsity, "base": None, **overrides}
+            overrides = {"sparsity": sparsity, "base": None, "schedule": None, **overrides}
         return replace(self, **overrides)
 
     def to_dict(self):
@@ -157,6 +161,8 @@ class Config:
     @classmethod
     def from_dict(cls, values):
         """The inverse of :meth:`to_dict`; missing fields take their defaults."""
+        if not isinstance(values, dict):
+            raise TypeError(f"values: expected a dict of settings, got {type(values).__name__}")
         _known(values)
         return cls(**values)
 
@@ -167,7 +173,13 @@ class Config:
     @classmethod
     def from_json(cls, text):
         """The inverse of :meth:`to_json`."""
-        return cls.from_dict(json.loads(text))
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"text: expected JSON of a Config, got {text[:40]!r}: {error}"
+            ) from None
+        return cls.from_dict(values)
 
 
 def _known(values):

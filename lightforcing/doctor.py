@@ -13,6 +13,8 @@ import sys
 
 import lightforcing as lf
 
+from .arrays import disabled
+
 # The static CUDA runtime inside the build decides which drivers can load it.
 DRIVER_FLOOR = {12: "525", 13: "580"}
 REBUILD = "to build it: `pip install .` in a checkout with nvcc on PATH"
@@ -157,7 +159,7 @@ def packages() -> list[dict]:
 def switches() -> dict:
     """The environment variables that change what runs."""
     variables = facts()["variables"]
-    if os.environ.get("LIGHTFORCING_DISABLE") == "1":
+    if disabled():
         advice = "unset LIGHTFORCING_DISABLE to run sparse attention"
         return check("variables", "ok", f"{said(variables)}: everything stays dense", advice)
     return check("variables", "ok", f"LIGHTFORCING_*: {said(variables)}")

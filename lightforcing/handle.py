@@ -1,7 +1,6 @@
 """The handle of a patched model: it decides call by call, and keeps the caches and the counts."""
 
 import logging
-import os
 import sys
 import threading
 import weakref
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from . import adapters, hook, ops, reasons, report
+from .arrays import disabled
+from .config import Config
 from .means import BUFFERS, KeyMeans
 from .stats import Record, Timer
 
@@ -100,6 +101,15 @@ class Handle:
 
     def update(self, config):
         """New settings; counts, caches and schedules start afresh."""
+        if not isinstance(config, Config):
+            raise TypeError(f"config: expected a Config, got {config!r}")
+        missing = [
+            i for i in config.dense_layers if self.depth and not -self.depth <= i < self.depth
+        ]
+        if missing:
+            raise ValueError(
+                f"dense_layers: expected layers of the {self.depth} patched ones, got {missing}"
+            )
         self.config = config
         self.reset()
 
@@ -258,7 +268,7 @@ class Handle:
     def _why_dense(self, visit, place, q, k, v, extra):
         """The reason to call the original, or None with ``place`` completed."""
         config, layer = self.config, visit.hook.layer
-        if os.environ.get("LIGHTFORCING_DISABLE") == "1":
+        if disabled():
             return reasons.DISABLED
         if hook.local.dense:
             return reasons.DENSE_CONTEXT

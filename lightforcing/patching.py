@@ -51,10 +51,14 @@ def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False
         config = Config.from_dict(config)
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a Config or a dict, got {config!r}")
+    if config is not None and preset != "balanced":
+        raise TypeError(f"preset: expected none beside config, got {preset!r}")
     if config is None:
         config = Config.preset(preset, sparsity=sparsity, **overrides)
     else:
         config = config.replace(sparsity=sparsity, **overrides)
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict: expected True or False, got {strict!r}")
     if strict:
         config = config.replace(strict=True)
     adapter, layers, modules = adapters.find(target)

@@ -13,6 +13,7 @@ import numpy as np
 
 from . import _core
 
+MOST_FRAMES = 10_000_000  # a week of video; longer streams go on past their plan
 LAWS = ("linear", "exponential", "constant", "count")
 
 
@@ -39,6 +40,8 @@ def _ends(
     if num_frames is None:
         num_frames = 63 if window else 21
     num_frames = _integer(num_frames, "num_frames", 1)
+    if num_frames > MOST_FRAMES:
+        raise ValueError(f"num_frames: expected 1 to {MOST_FRAMES}, got {num_frames}")
     ends = list(range(frames_per_chunk, num_frames + 1, frames_per_chunk))
     if not ends or ends[-1] < num_frames:
         ends.append(num_frames)
@@ -68,6 +71,11 @@ class Schedule:
     law: str
     target: float | None
     solved: float
+
+    def __post_init__(self) -> None:
+        """Handed out and cached, so nobody may write into them."""
+        self.sparsity.setflags(write=False)
+        self.chunk_ends.setflags(write=False)
 
     @classmethod
     def solve(
@@ -140,6 +148,9 @@ class Schedule:
         """
         if n - self.frames_per_chunk < self.dense_frames:
             return 0.0
+        last = int(self.chunk_ends[-1])
+        if n - self.frames_per_chunk < last < n:
+            n = last  # a short last chunk
         place = int(np.searchsorted(self.chunk_ends, n))
         if place < self.sparsity.size:
             return float(self.sparsity[place])
@@ -202,4 +213,4 @@ def cag_schedule(
     return Schedule.solve(
         num_frames, frames_per_chunk, sparsity=sparsity, base=base, window=window, law=law,
         chunk_ends=chunk_ends, dense_frames=dense_frames,
-    ).sparsity  # fmt: skip
+    ).sparsity.copy()  # fmt: skip

@@ -124,9 +124,7 @@ def traced_select_blocks(
         q, k, k_means, frame_tokens, sparsity, keep_frames, sink_frames, near_frames, score,
         hierarchy, block_q, block_k, scale,
     )  # fmt: skip
-    return BlockList.full_rows(
-        indices, q.shape[1], k.shape[1], frame_tokens, block_q, block_k, keep_frames
-    )
+    return BlockList.full_rows(indices, q.shape[1], k.shape[1], frame_tokens, block_q, block_k)
 
 
 def traced_block_sparse_attention(q, k, v, blocks, scale, return_lse, out):

@@ -296,7 +296,7 @@ BAD = [
      "out: expected plain values, got a lazy negative or conjugate view"),
     ("compress(out=torch._neg_view(f(1, 6, 2, 16)))", ValueError,
      "out: expected plain values, got a lazy negative or conjugate view"),
-    ("attend(out=q)", ValueError, "out: expected memory of its own, got that of q"),
+    ("attend(out=q)", ValueError, "out: expected memory apart from that of q, got an overlap"),
     ("attend(out=[])", TypeError,
      "out: expected a torch tensor, a NumPy array or an object with __dlpack__, got list"),
     ("compress(out=f(1, 5, 2, 16))", ValueError,
@@ -465,6 +465,35 @@ def test_an_output_that_exports_a_copy_stays_alive_while_written():
         out = Copy(np.zeros(Q, np.float32))
         assert lf.block_sparse_attention(q, k, v, out=out) is out
         assert (out.array == 0).all()
+
+
+def test_an_output_lies_over_nothing_else():
+    shared = np.zeros((1, 20, 2, 16), np.float32)
+    keys, means = f(1, 24, 2, 16), np.zeros((1, 6, 2, 16), np.float32)
+    with pytest.raises(
+        ValueError, match="out: expected memory apart from that of q, got an overlap"
+    ):
+        lf.block_sparse_attention(shared[:, :12], keys, keys, out=shared[:, 8:])
+    with pytest.raises(
+        ValueError, match="out: expected memory apart from that of x, got an overlap"
+    ):
+        lf.compress(shared[:, :8], 4, block=4, out=shared[:, 2:4])
+    with pytest.raises(ValueError, match="out: expected a place for every element, got strides"):
+        lf.compress(keys, 4, block=4, out=torch.zeros(1, 1, 2, 16).expand(1, 6, 2, 16))
+    copied = Producer(means, version=(1, 3), flags=2)
+    with pytest.raises(ValueError, match="out: expected memory to write in place, got a copy"):
+        lf.compress(keys, 4, block=4, out=copied)
+
+
+def test_a_forked_child_computes():
+    import os
+
+    keys = f(1, 24, 2, 16)
+    expected = lf.compress(keys, 4, block=4)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(lf.compress(keys, 4, block=4), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_empty_batches_and_heads_are_empty_results():

@@ -119,7 +119,7 @@ def test_timing_measures_and_changes_nothing(kernel, model):
         print(handle.report())
     assert stats["sparse_ms"] > 0 and stats["dense_ms"] > 0
     assert stats["ms"] == pytest.approx(stats["sparse_ms"] + stats["dense_ms"])
-    assert 0 < stats["attention_share"] < 1
+    assert stats["attention_share"] is None  # the host's clock does not see a step's end
     assert all(chunk["ms"] > 0 for chunk in stats["chunks"])
 
 

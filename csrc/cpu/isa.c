@@ -5,6 +5,7 @@
 #include "isa.h"
 #include "../lightforcing.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -82,6 +83,14 @@ int lf_force_isa(const char *name)
     return 0;
 }
 
+/* GNU OpenMP's team does not survive a fork, and a call that waits for it never returns: a child
+ * computes with the one thread that it has. */
+static atomic_int in_child = 0;
+
+static void note_child(void) { atomic_store_explicit(&in_child, 1, memory_order_relaxed); }
+
+int lf_watch_forks(void) { return pthread_atfork(NULL, NULL, note_child); }
+
 void lf_set_threads(int threads)
 {
     atomic_store_explicit(&asked_threads, threads > 0 ? threads : 0, memory_order_relaxed);
@@ -90,6 +99,7 @@ void lf_set_threads(int threads)
 int lf_threads(void)
 {
     const int asked = atomic_load_explicit(&asked_threads, memory_order_relaxed);
+    if (atomic_load_explicit(&in_child, memory_order_relaxed)) return 1;
 #ifdef _OPENMP
     return asked > 0 ? asked : omp_get_max_threads();
 #else

@@ -12,7 +12,8 @@ typedef enum {
 
 /* The level in force: the best one of this processor, or what lf_force_isa() asked for.
  * LF_ISA_AVX2 promises avx2, fma and f16c; LF_ISA_AVX512 promises avx512f, bw, dq and vl too.
- * Ask once per operator call, outside the parallel region: another thread may change it. */
+ * Another thread may change it at any time, so a kernel whose results depend on the level asks once
+ * per call; the products and exponentials of the scores do not, and ask where they stand. */
 lf_isa_level lf_isa_active(void);
 
 #endif

@@ -273,6 +273,7 @@ static int borrow_capsule(PyObject *object, lf_arg *arg)
             return -1;
         }
         arg->is_readonly = (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
+        arg->is_copy = (managed->flags & DLPACK_FLAG_BITMASK_IS_COPIED) != 0;
         return read_dltensor(&managed->dl_tensor, arg);
     }
     if (PyCapsule_IsValid(arg->capsule, "dltensor")) {

@@ -21,6 +21,7 @@ typedef struct {
     lf_dtype dtype;
     int device;  // -1: CPU, else the CUDA device
     int is_readonly;
+    int is_copy;     // the producer says that this is not its own memory
     int has_stream;  // the producer's exchange table named its current stream
     void *stream;
     PyObject *capsule;  // what __dlpack__ gave, kept as long as the memory is used
@@ -47,6 +48,9 @@ int lf_borrow_out(PyObject *object, PyObject *empty, const char *name, const cha
 /* Ties the sizes of `arg` to letters; the last stride must be 1. */
 int lf_shape(const lf_arg *arg, const char *letters, lf_dims *dims);
 int lf_contiguous(const lf_arg *arg);
+
+/* An output must not lie over itself, nor over the memory of an input. */
+int lf_apart(const lf_arg *out, int count, const lf_arg *const inputs[]);
 
 /* dtype must equal `like`'s; or one of f32, f16, bf16. */
 int lf_same_dtype(const lf_arg *arg, const lf_arg *like);

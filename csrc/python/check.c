@@ -1,6 +1,7 @@
 /* Facts about arguments: each is checked here, once, and answered with a sentence. */
 #include "borrow.h"
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const char *const dtype_names[] = {"float32", "float16", "bfloat16", "int32"};
@@ -74,6 +75,59 @@ int lf_contiguous(const lf_arg *arg)
             return -1;
         }
         expected *= arg->shape[i] > 0 ? arg->shape[i] : 1;
+    }
+    return 0;
+}
+
+/* First and last byte that a tensor of at least one element covers. */
+static void byte_range(const lf_arg *arg, uintptr_t *first, uintptr_t *last)
+{
+    const int64_t size = arg->dtype == LF_F32 || arg->dtype == LF_I32 ? 4 : 2;
+
+    *first = *last = (uintptr_t)arg->data;
+    for (int i = 0; i < arg->ndim; i++) {
+        const int64_t reach = (arg->shape[i] - 1) * arg->stride[i] * size;
+        *(reach < 0 ? first : last) += (uintptr_t)reach;
+    }
+    *last += (uintptr_t)size - 1;
+}
+
+static int is_empty(const lf_arg *arg)
+{
+    for (int i = 0; i < arg->ndim; i++)
+        if (arg->shape[i] == 0) return 1;
+    return 0;
+}
+
+int lf_apart(const lf_arg *out, int count, const lf_arg *const inputs[])
+{
+    uintptr_t first, last, from, to;
+    int64_t reach = 0;  // elements that the dimensions of smaller stride cover
+    int done[LF_MAX_NDIM] = {0};
+
+    if (is_empty(out)) return 0;
+    for (int i = 0; i < out->ndim; i++) {
+        int least = -1;
+        for (int j = 0; j < out->ndim; j++)
+            if (!done[j] && (least < 0 || llabs(out->stride[j]) < llabs(out->stride[least])))
+                least = j;
+        done[least] = 1;
+        if (out->shape[least] > 1 && llabs(out->stride[least]) <= reach) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: expected a place for every element, got strides that overlap",
+                         out->name);
+            return -1;
+        }
+        reach += (out->shape[least] - 1) * llabs(out->stride[least]);
+    }
+    byte_range(out, &first, &last);
+    for (int i = 0; i < count; i++) {
+        if (!inputs[i]->name || !inputs[i]->data || is_empty(inputs[i])) continue;
+        byte_range(inputs[i], &from, &to);
+        if (from > last || to < first) continue;
+        PyErr_Format(PyExc_ValueError, "%s: expected memory apart from that of %s, got an overlap",
+                     out->name, inputs[i]->name);
+        return -1;
     }
     return 0;
 }
@@ -219,6 +273,11 @@ int lf_borrow_out(PyObject *object, PyObject *empty, const char *name, const cha
         return -1;
     }
     arg->owner = made;
+    if (arg->is_copy) {
+        PyErr_Format(PyExc_ValueError, "%s: expected memory to write in place, got a copy of it",
+                     name);
+        return -1;
+    }
     if (arg->is_readonly) {
         PyErr_Format(PyExc_ValueError, "%s: expected writable memory, got a read-only array", name);
         return -1;

@@ -118,13 +118,20 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static int exec_module(PyObject *Py_UNUSED(module)) { return PyArray_ImportNumPyAPI(); }
+static int exec_module(PyObject *Py_UNUSED(module))
+{
+    static int watching;  // a second import of the module must not register again
+
+    if (!watching && lf_watch_forks() != 0) {
+        PyErr_SetString(PyExc_MemoryError, "lightforcing: no memory to watch for forks");
+        return -1;
+    }
+    watching = 1;
+    return PyArray_ImportNumPyAPI();
+}
 
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, exec_module},
-#ifdef Py_mod_gil
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
-#endif
     {0, NULL},
 };
 

@@ -73,6 +73,7 @@ PyObject *py_compress(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     dims.from['J' - 'A'] = "x, in blocks,";
     if (lf_borrow_out(args[1], args[2], "out", "BJHD", LF_F32, &dims, &out) < 0) goto done;
     if (lf_placed("compress", 2, (const lf_arg *[]){&x, &out}, args[5], &place) < 0) goto done;
+    if (lf_apart(&out, 1, (const lf_arg *[]){&x}) < 0) goto done;
 
     p.x = lf_view(&x);
     p.out = lf_view(&out);
@@ -397,13 +398,7 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
     if (lf_borrow_out(args[4], args[5], "out", "BQHD", q.dtype, &dims, &out) < 0) goto done;
     if (want_lse && lf_borrow_out(NULL, args[5], "lse", "BHQ", LF_F32, &dims, &lse) < 0) goto done;
     if (lf_placed("block_sparse_attention", 6, all, args[8], &place) < 0) goto done;
-    for (int i = 0; i < 3; i++) {
-        if (out.data && out.data == all[i]->data) {
-            PyErr_Format(PyExc_ValueError, "out: expected memory of its own, got that of %s",
-                         all[i]->name);
-            goto done;
-        }
-    }
+    if (lf_apart(&out, 3, all) < 0) goto done;
     if (p.indices && place.device < 0 && check_lists(&indices, &counts, &dims) < 0) goto done;
 
     p.q = lf_view(&q);
