@@ -45,7 +45,8 @@ class Plan:
     Attributes:
         rows: a dict a chunk: chunk, first_frame, last_frame, resident_frames, sparsity, blocks,
             kept, density. Chunk 1 is the first; a dense chunk keeps all blocks.
-        attention_gain: resident over kept query-key blocks, all chunks together.
+        attention_gain: resident over kept query-key blocks, all chunks together, in layers and
+            steps that are not dense by ``dense_layers`` or ``dense_steps``.
         step_gain: the same for whole steps by Amdahl's law; None without a share.
         attention_share: share of a dense step that is self-attention, or None.
         assumed: facts that no call has told yet.
@@ -81,6 +82,8 @@ class Plan:
         ]
         lines = [_settings(self.config), *_table(rows)]
         lines.append(f"attention: {self.attention_gain:.2f}x fewer query-key pairs than dense")
+        if self.config.dense_layers or self.config.dense_steps:
+            lines.append("in the layers and steps that dense_layers and dense_steps leave sparse")
         if self.step_gain is not None:
             lines.append(
                 f"whole step: {self.step_gain:.2f}x at most, with attention at "
