@@ -363,6 +363,7 @@ BAD = [
     ("schedule(law=None)", TypeError,
      "law: expected 'linear', 'exponential', 'constant' or 'count', got None"),
     ("schedule(0)", ValueError, "num_frames: expected 1 or more, got 0"),
+    ("schedule(10**9)", ValueError, "num_frames: expected 1 to 10000000, got 1000000000"),
     ("schedule(21.0)", TypeError, "num_frames: expected an integer, got 21.0"),
     ("schedule(21, 0)", ValueError, "frames_per_chunk: expected 1 or more, got 0"),
     ("schedule(21, True)", TypeError, "frames_per_chunk: expected an integer, got True"),

@@ -117,6 +117,8 @@ def main():
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
         must(tree, "git init", "git", "init", "-q")  # so that git apply is at home here
+        for mutant in mutants:
+            must(tree, f"{mutant.name}: git apply", "git", "apply", "--check", str(mutant.path))
         build(tree)
         code, failed, seconds = test(tree, sorted({t for m in mutants for t in m.tests}))
         if code != PASSED:
