@@ -16,8 +16,8 @@
  * waits for CTAs of lower index only, which started before it and had their pieces first, so it
  * cannot wait for one that has no SM yet. No second launch; bit-stable.
  *
- * Limits measured: the probe's main loop ran at 720 TFLOP/s (H100, short burst); L2 serves
- * 64 KB a step, 5.5 TB/s at that rate. */
+ * Limits (H100, short burst): the loop runs at 671 TFLOP/s, 0.82 us a key block of a tile; at that
+ * rate L2 serves 64 KB a step to every SM, 5.2 TB/s. benchmarks/results/LOG.md has the fit. */
 #include "attend_sm90_rows.cuh"
 #include "kernels.h"
 #include <atomic>
