@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 PATCH = (1, 2, 2)
 """Latent frames, rows and columns of one token; every released Wan uses this."""
 
+QK_NORMS = ("channels", "head")
+TOKEN_ORDERS = ("raster", "morton")
+
 
 @dataclass(frozen=True)
 class WanConfig:
@@ -30,6 +33,13 @@ class WanConfig:
         window_frames: frames a query sees, its own chunk and the sink included; None sees them all.
         sink_frames: first frames of the video that a window never drops.
         eps: added to the variance in every norm.
+        qk_norm: ``"channels"`` normalises queries and keys over all C channels, as Wan does;
+            ``"head"`` over the D channels of each head, with one gain of D weights.
+        token_order: ``"raster"``, or ``"morton"`` for tokens that come tile by tile
+            (:mod:`lightforcing.models.places`).
+        rope_theta: base of the rotary wave lengths.
+        camera: whether the model is told the view's place in the world (``place_embedding``).
+        flags: marks a frame may carry (``flag_embedding``); 0 for a model without.
     """
 
     dim: int = 1536
@@ -46,6 +56,11 @@ class WanConfig:
     window_frames: int | None = None
     sink_frames: int = 0
     eps: float = 1e-6
+    qk_norm: str = "channels"
+    token_order: str = "raster"
+    rope_theta: float = 10000.0
+    camera: bool = False
+    flags: int = 0
 
     def __post_init__(self) -> None:
         """Checks every fact once, in words."""
@@ -65,6 +80,16 @@ class WanConfig:
             )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim: expected an even number, got {self.freq_dim}")
+        for name, choices in (("qk_norm", QK_NORMS), ("token_order", TOKEN_ORDERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: expected {' or '.join(map(repr, choices))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if not self.rope_theta > 1:
+            raise ValueError(f"rope_theta: expected a number above 1, got {self.rope_theta}")
+        if self.flags < 0:
+            raise ValueError(f"flags: expected at least 0, got {self.flags}")
         if self.sink_frames < 0:
             raise ValueError(f"sink_frames: expected at least 0, got {self.sink_frames}")
         if self.window_frames is None:

@@ -8,6 +8,7 @@ With a cache each block makes one dense call ``attention(q, k, v)``, looked up i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,10 @@ def attention(
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over all C = H * D channels: computed in float32, rounded, then scaled."""
+    """RMS norm over the last axis: computed in float32, rounded, then scaled.
+
+    The axis is all C = H * D channels in Wan, the D channels of a head with ``qk_norm="head"``.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         """``dim`` channels, ``eps`` added to the mean square."""
@@ -51,12 +55,26 @@ class _Attention(nn.Module):
         self.k = nn.Linear(config.dim, config.dim)
         self.v = nn.Linear(config.dim, config.dim)
         self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = RMSNorm(config.dim, config.eps)
-        self.norm_k = RMSNorm(config.dim, config.eps)
+        self.norm_by_head = config.qk_norm == "head"
+        normed = config.head_dim if self.norm_by_head else config.dim
+        self.norm_q = RMSNorm(normed, config.eps)
+        self.norm_k = RMSNorm(normed, config.eps)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, C] to [B, L, H, D]."""
         return x.unflatten(2, (self.num_heads, -1))
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised queries of [B, L, C] tokens, [B, L, H, D], not roped."""
+        if self.norm_by_head:
+            return self.norm_q(self.split(self.q(x)))
+        return self.split(self.norm_q(self.q(x)))
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised keys of [B, L, C] tokens, [B, L, H, D], not roped."""
+        if self.norm_by_head:
+            return self.norm_k(self.split(self.k(x)))
+        return self.split(self.norm_k(self.k(x)))
 
 
 class CausalSelfAttention(_Attention):
@@ -74,7 +92,7 @@ class CausalSelfAttention(_Attention):
         x: torch.Tensor,
         grid_sizes: torch.Tensor,
         freqs: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Callable | None = None,
         kv_cache: dict | None = None,
         current_start: int = 0,
     ) -> torch.Tensor:
@@ -83,19 +101,21 @@ class CausalSelfAttention(_Attention):
         Args:
             x: normalised and modulated tokens, ``[B, L, C]``.
             grid_sizes: frames, rows and columns of tokens, ``[B, 3]`` int64 on the CPU.
-            freqs: rotation of each token, ``[L, 1, D / 2]`` complex.
-            mask: ``[L, L]`` bool, without a cache only.
+            freqs: rotation of each token, ``[L, 1, D / 2]`` complex, or as real pairs.
+            mask: without a cache only: ``[L, L]`` bool, or a function that attends under a mask of
+                its own, (q, k, v) [B, L, H, D] to the same.
             kv_cache: cache dict of this layer (:mod:`lightforcing.models.cache`).
             current_start: first token of the chunk, counted over the whole video.
 
         Returns:
             ``[B, L, C]``.
         """
-        q = apply_rope(self.split(self.norm_q(self.q(x))), freqs)
-        k = apply_rope(self.split(self.norm_k(self.k(x))), freqs)
         v = self.split(self.v(x))
+        # Under autocast the norms' gains make q and k float32 again.
+        q = apply_rope(self.queries(x), freqs).to(v.dtype)
+        k = apply_rope(self.keys(x), freqs).to(v.dtype)
         if kv_cache is None:
-            y = attention(q, k, v, mask)
+            y = mask(q, k, v) if callable(mask) else attention(q, k, v, mask)
         else:
             frame_tokens = int(grid_sizes[0, 1] * grid_sizes[0, 2])
             sink, rolling = self.sink_size * frame_tokens, self.local_attn_size != -1
@@ -111,11 +131,11 @@ class CrossAttention(_Attention):
         self, x: torch.Tensor, context: torch.Tensor | None, cache: dict | None
     ) -> torch.Tensor:
         """Attends from ``x`` [B, L, C] to ``context`` [B, text_len, C] or to the filled cache."""
-        q = self.split(self.norm_q(self.q(x)))
+        q = self.queries(x)
         if cache:
             k, v = cache["k"], cache["v"]
         else:
-            k = self.split(self.norm_k(self.k(context)))
+            k = self.keys(context)
             v = self.split(self.v(context))
             if cache is not None:
                 cache.update(k=k, v=v)
@@ -148,7 +168,7 @@ class Block(nn.Module):
         grid_sizes: torch.Tensor,
         freqs: torch.Tensor,
         context: torch.Tensor | None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Callable | None = None,
         kv_cache: dict | None = None,
         text_cache: dict | None = None,
         current_start: int = 0,
@@ -159,9 +179,9 @@ class Block(nn.Module):
             x: tokens by frame, ``[B, F, T, C]``.
             e: modulation of each frame, ``[B or 1, F or 1, 6, C]``.
             grid_sizes: ``[B, 3]`` int64 on the CPU.
-            freqs: ``[F T, 1, D / 2]`` complex.
+            freqs: ``[F T, 1, D / 2]`` complex, or as real pairs.
             context: embedded text, ``[B, text_len, C]``; None if cached or not used.
-            mask: ``[F T, F T]`` bool, without a cache only.
+            mask: ``[F T, F T]`` bool or a function, without a cache only.
             kv_cache: cache dict of this layer.
             text_cache: text dict of this layer.
             current_start: first token of the chunk, counted over the whole video.

@@ -71,6 +71,7 @@ class Rollout:
         frames_per_chunk: int | None = None,
         lone_first_frame: bool = False,
         clean_timestep: float = 0.0,
+        clamp: float | None = None,
     ) -> None:
         """Fixes the noise levels.
 
@@ -83,6 +84,7 @@ class Rollout:
             frames_per_chunk: frames denoised together; None takes the model's.
             lone_first_frame: the first chunk is a single frame.
             clean_timestep: timestep of the pass that fills the cache.
+            clamp: largest absolute value of a denoised latent, for pixels; None for no bound.
 
         Raises:
             ValueError: ``steps`` is empty or does not fall, or a chunk does not fit the window.
@@ -102,6 +104,7 @@ class Rollout:
         self.frames_per_chunk = size
         self.lone_first_frame = lone_first_frame
         self.clean_timestep = clean_timestep
+        self.clamp = clamp
 
     @property
     def forwards_per_chunk(self) -> int:
@@ -130,7 +133,10 @@ class Rollout:
         batch: int = 1,
         context: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        seed: int | torch.Generator = 0,
+        seed: int | torch.Generator | Callable = 0,
+        given: torch.Tensor | None = None,
+        camera: torch.Tensor | None = None,
+        flags: torch.Tensor | None = None,
         cache: WanCache | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Chunk]:
@@ -147,7 +153,13 @@ class Rollout:
             noise: starting noise, ``[B, F, in_dim, height, width]``, instead of ``size``, ``batch``
                 and ``num_frames``. Without it each chunk draws its own, so a longer video begins
                 with the shorter one.
-            seed: of all noise; or a generator on the model's device, which is used up.
+            seed: of all noise; or a generator on the model's device, which is used up; or a
+                function of (shape, first frame, step) that returns the noise.
+            given: denoised frames that the video begins with, whole chunks, ``[B, G, in_dim,
+                height, width]``: they are cached, and yielded as they are.
+            camera: row and column of the view in the world, in latent pixels, ``[B, F, 2]``, for
+                models with ``camera``.
+            flags: marks of the frames, ``[B, F, config.flags]``, for models with flags.
             cache: from :meth:`CausalWan.new_cache`, to be used again (it is reset); None makes one.
             progress: called after each forward with the chunk and the forward within it.
 
@@ -169,16 +181,33 @@ class Rollout:
         if cache is None:
             cache = model.new_cache(num_frames or model.config.window_frames, *size, batch=batch)
         cache.reset()
-        draw = seed
-        if not isinstance(seed, torch.Generator):
-            draw = torch.Generator(device=model.device).manual_seed(seed)
+        draw = _drawing(seed, model)
+        self._check_given(given, (batch, model.config.in_dim, *size), num_frames)
+        fixed = 0 if given is None else given.shape[1]
 
         def begin(start, end):
+            if start < fixed:
+                return given[:, start:end].to(model.dtype)
             if noise is not None:
                 return noise[:, start:end]
-            return _normal((batch, end - start, model.config.in_dim, *size), model, draw)
+            return draw((batch, end - start, model.config.in_dim, *size), start, 0)
 
-        return self._chunks(ends, begin, context, cache, draw, progress)
+        def run(x, t, start, index, count):
+            frames = slice(start, start + x.shape[1])
+            v = model(
+                x.transpose(1, 2),
+                t,
+                context,
+                cache=cache,
+                start_frame=start,
+                camera=None if camera is None else camera[:, frames],
+                flags=None if flags is None else flags[:, frames],
+            )
+            if progress is not None:
+                progress(index, count)
+            return v.transpose(1, 2)
+
+        return self._chunks(ends, begin, run, draw, fixed)
 
     def generate(self, num_frames: int | None = None, **arguments) -> Video:
         """The whole video; takes what :meth:`stream` takes, and must have an end."""
@@ -195,32 +224,39 @@ class Rollout:
         first = 1 if self.lone_first_frame else self.frames_per_chunk
         return itertools.count(first, self.frames_per_chunk)
 
+    def _check_given(self, given, wanted, num_frames):
+        if given is None:
+            return
+        shape = list(given.shape)
+        if len(shape) != 5 or (shape[0], *shape[2:]) != wanted:
+            batch, *rest = wanted
+            rest = ", ".join(map(str, rest))
+            raise ValueError(f"given: expected [{batch}, G, {rest}], got {shape}")
+        if num_frames is not None and shape[1] > num_frames:
+            raise ValueError(f"given: expected at most {num_frames} frames, got {shape[1]}")
+        self.chunk_ends(shape[1])
+
     @torch.no_grad()
-    def _chunks(self, ends, begin, context, cache, draw, progress):
+    def _chunks(self, ends, begin, run, draw, fixed):
         start = 0
         for index, end in enumerate(ends):
             clock = _Clock(self.model.device)
             x = begin(start, end)
-            clean = self._denoise(x, start, index, context, cache, draw, progress)
+            # x0 of the chunk, whose clean keys and values are in the cache afterwards.
+            clean = x if start < fixed else self._denoise(x, start, index, run, draw)
+            run(clean, self.clean_timestep, start, index, len(self.timesteps))
             clock.stop()
             yield Chunk(index, start, clean, clock)
             start = end
 
-    def _denoise(self, x, start, index, context, cache, draw, progress):
-        """x0 of one chunk, whose clean keys and values are in the cache afterwards."""
-
-        def forward(x, t, count):
-            v = self.model(x.transpose(1, 2), t, context, cache=cache, start_frame=start)
-            if progress is not None:
-                progress(index, count)
-            return v.transpose(1, 2)
-
+    def _denoise(self, x, start, index, run, draw):
         clean = x
         for count, (t, sigma) in enumerate(zip(self.timesteps, self.sigmas, strict=True)):
             if count:
-                x = add_noise(clean, _normal(x.shape, self.model, draw), sigma)
-            clean = predict_clean(x, forward(x, t, count), sigma)
-        forward(clean, self.clean_timestep, len(self.timesteps))
+                x = add_noise(clean, draw(x.shape, start, count), sigma)
+            clean = predict_clean(x, run(x, t, start, index, count), sigma)
+            if self.clamp is not None:
+                clean = clean.clamp(-self.clamp, self.clamp)
         return clean
 
 
@@ -249,5 +285,12 @@ class _Clock:
         return begin.elapsed_time(end) / 1000
 
 
-def _normal(shape, model, draw) -> torch.Tensor:
-    return torch.randn(shape, generator=draw, dtype=model.dtype, device=model.device)
+def _drawing(seed, model) -> Callable:
+    """A function of (shape, first frame, step) that returns noise of the model's type."""
+    if callable(seed):
+        return lambda *place: seed(*place).to(model.device, model.dtype)
+    if not isinstance(seed, torch.Generator):
+        seed = torch.Generator(device=model.device).manual_seed(seed)
+    return lambda shape, start, step: torch.randn(
+        shape, generator=seed, dtype=model.dtype, device=model.device
+    )

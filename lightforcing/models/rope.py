@@ -24,7 +24,9 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * space, space, space
 
 
-def rope_table(frames: torch.Tensor, height: int, width: int, head_dim: int) -> torch.Tensor:
+def rope_table(
+    frames: torch.Tensor, height: int, width: int, head_dim: int, theta: float = THETA
+) -> torch.Tensor:
     """The rotation of every token of the given frames, on their device and without a sync.
 
     ``table[t, i] = exp(1j * angle(t, i))``, tokens in raster order, frames as listed.
@@ -34,6 +36,7 @@ def rope_table(frames: torch.Tensor, height: int, width: int, head_dim: int) -> 
         height: rows of tokens in a frame.
         width: columns of tokens in a frame.
         head_dim: channels D of a head, even, at least 6.
+        theta: base of the wave lengths.
 
     Returns:
         ``[F * height * width, 1, D / 2]`` complex128; the 1 stands for the heads.
@@ -46,7 +49,7 @@ def rope_table(frames: torch.Tensor, height: int, width: int, head_dim: int) -> 
     axes = []
     for axis, (position, pairs) in enumerate(zip(positions, axis_pairs(head_dim), strict=True)):
         j = torch.arange(pairs, device=frames.device, dtype=torch.float64)
-        angle = position[:, None] * THETA ** (-j / pairs)
+        angle = position[:, None] * theta ** (-j / pairs)
         shape = [1, 1, 1, pairs]
         shape[axis] = len(position)
         turn = torch.polar(torch.ones_like(angle), angle).view(shape)
@@ -59,11 +62,16 @@ def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: ``[B, L, H, D]``, any floating type.
-        table: ``[L, 1, D / 2]`` complex, from :func:`rope_table`.
+        table: ``[L, 1, D / 2]`` complex, from :func:`rope_table`; or its ``view_as_real``, with
+            which a compiler can fuse the turn.
 
     Returns:
         ``[B, L, H, D]`` in the type of ``x``.
     """
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not table.is_complex():
+        a, b = x.to(work).unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = table.to(work).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.to(work).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table.to(pairs.dtype)).flatten(-2).to(x.dtype)

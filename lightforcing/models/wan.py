@@ -6,7 +6,7 @@ keep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import nn
 from .cache import WanCache
 from .config import PATCH, WanConfig
 from .layers import Block, Head, RMSNorm
+from .places import PLACE_FEATURES, place_features, token_order
 from .rope import rope_table
 
 
@@ -56,6 +57,10 @@ class CausalWan(nn.Module):
                     nn.GELU(approximate="tanh"),
                     nn.Linear(dim, dim),
                 )
+            if config.camera:
+                self.place_embedding = nn.Linear(PLACE_FEATURES, dim, bias=False)
+            if config.flags:
+                self.flag_embedding = nn.Linear(config.flags, dim, bias=False)
             self.time_embedding = nn.Sequential(
                 nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
             )
@@ -94,7 +99,8 @@ class CausalWan(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv3d):
                 fan_in = module.weight[0].numel()
                 module.weight.data.normal_(0.0, fan_in**-0.5, generator=draw)
-                module.bias.data.zero_()
+                if module.bias is not None:
+                    module.bias.data.zero_()
             elif isinstance(module, RMSNorm | nn.LayerNorm) and module.weight is not None:
                 module.weight.data.fill_(1.0)
                 if isinstance(module, nn.LayerNorm):
@@ -142,6 +148,8 @@ class CausalWan(nn.Module):
         *,
         cache: WanCache,
         start_frame: int = 0,
+        camera: torch.Tensor | None = None,
+        flags: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The velocity of one chunk, given the chunks in the cache.
 
@@ -155,6 +163,9 @@ class CausalWan(nn.Module):
                 has the text, and must be without cross-attention.
             cache: from :meth:`new_cache`.
             start_frame: frames of the video before this chunk.
+            camera: row and column of the view's corner in the world, in latent pixels,
+                ``[B, F, 2]``; for models with ``camera`` only, and needed there.
+            flags: marks of the frames, ``[B, F, config.flags]``; needed where there are flags.
 
         Returns:
             ``[B, out_dim, F, height, width]``.
@@ -176,8 +187,9 @@ class CausalWan(nn.Module):
         if not cache.text[0]:
             context = self._embed_text(context, x.shape[0])
         positions = torch.arange(start_frame, start_frame + grid[0], device=x.device)
+        told = self._told(x, camera, flags)
         return self._run(
-            x, self._times(t, x), context, positions, cache=cache, start=start_frame * tokens
+            x, self._times(t, x), context, positions, told, cache=cache, start=start_frame * tokens
         )
 
     def forward_full(
@@ -188,6 +200,8 @@ class CausalWan(nn.Module):
         *,
         chunk_ends: Sequence[int],
         clean: torch.Tensor | None = None,
+        camera: torch.Tensor | None = None,
+        flags: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The velocities of a whole video in one pass, chunks hidden from each other by a mask.
 
@@ -201,6 +215,8 @@ class CausalWan(nn.Module):
             context: text embeddings, ``[B, up to text_len, text_dim]``.
             chunk_ends: frame after each chunk, ascending, the last one F.
             clean: denoised latents, shape of ``x``.
+            camera: ``[B, F, 2]`` as in :meth:`forward`.
+            flags: ``[B, F, config.flags]`` as in :meth:`forward`.
 
         Returns:
             ``[B, out_dim, F, height, width]``. The mask takes ``(F T)^2`` bytes, four times that
@@ -217,6 +233,7 @@ class CausalWan(nn.Module):
         )
         e_times = self._times(t, x)
         positions = torch.arange(frames, device=x.device)
+        told = self._told(x, camera, flags)
         if clean is not None:
             if clean.shape != x.shape:
                 raise ValueError(
@@ -226,27 +243,81 @@ class CausalWan(nn.Module):
             e_times = torch.cat([torch.zeros_like(e_times), e_times], dim=1)
             positions = positions.repeat(2)
             x = torch.cat([clean, x], dim=2)
+            told = [y if y is None else torch.cat([y, y], dim=1) for y in told]
         tokens = height * width
         mask = sees.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(x.device)
         context = self._embed_text(context, x.shape[0])
-        return self._run(x, e_times, context, positions, mask=mask)[:, :, -frames:]
+        return self._run(x, e_times, context, positions, told, mask=mask)[:, :, -frames:]
 
-    def _run(self, x, times, context, positions, *, mask=None, cache=None, start=0):
+    def forward_frames(
+        self,
+        x: torch.Tensor,
+        t: float | torch.Tensor,
+        context: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor,
+        attend: Callable,
+        camera: torch.Tensor | None = None,
+        flags: torch.Tensor | None = None,
+        blocks: Sequence[Callable] | None = None,
+    ) -> torch.Tensor:
+        """The velocities of frames in any order, for training: ``attend`` decides who sees whom.
+
+        Args:
+            x: latents, ``[B, in_dim, F, height, width]``.
+            t: a number, or a tensor ``[B]`` or ``[B, F]``.
+            context: text embeddings, ``[B, up to text_len, text_dim]``.
+            positions: place of each frame in its video, ``[F]``.
+            attend: masked attention of (q, k, v), each ``[B, F T, H, D]``, to the same shape.
+            camera: ``[B, F, 2]`` as in :meth:`forward`.
+            flags: ``[B, F, config.flags]`` as in :meth:`forward`.
+            blocks: stand-ins for ``self.blocks``, such as compiled ones.
+
+        Returns:
+            ``[B, out_dim, F, height, width]``; gradients pass.
+
+        Raises:
+            ValueError: a shape does not fit the model, or a condition is missing.
+        """
+        self._grid(x)
+        told, times = self._told(x, camera, flags), self._times(t, x)
+        context = self._embed_text(context, x.shape[0])
+        return self._run(x, times, context, positions, told, mask=attend, blocks=blocks)
+
+    def _run(
+        self, x, times, context, positions, told, *, mask=None, cache=None, start=0, blocks=None
+    ):
         batch, frames = x.shape[0], x.shape[2]
         x = self.patch_embedding(x)  # [B, C, F, h, w]
         height, width = x.shape[3:]
         x = x.flatten(3).permute(0, 2, 3, 1)  # [B, F, T, C]
+        camera, flags = told
+        if camera is not None:
+            work = torch.promote_types(self.dtype, torch.float32)
+            x = x + self.place_embedding(place_features(camera.to(work), height, width).to(x.dtype))
+        if flags is not None:
+            x = x + self.flag_embedding(flags.to(x.dtype)).unsqueeze(2)
         grid_sizes = torch.tensor([[frames, height, width]] * batch)
-        freqs = rope_table(positions, height, width, self.config.head_dim)
+        freqs = rope_table(positions, height, width, self.config.head_dim, self.config.rope_theta)
         if x.dtype != torch.float64:
             freqs = freqs.to(torch.complex64)
+        order = None
+        if self.config.token_order == "morton":
+            order, back = token_order(height, width, x.device)
+            x = x[:, :, order]
+            freqs = freqs.unflatten(0, (frames, -1))[:, order].flatten(0, 1)
+        if callable(mask):  # a compiler fuses the turn only in real numbers
+            freqs = torch.view_as_real(freqs)
         e = sinusoid(times.flatten(), self.config.freq_dim).to(x.dtype)
         e = self.time_embedding(e).unflatten(0, times.shape)  # [B or 1, F or 1, C]
         modulation = self.time_projection(e).unflatten(2, (6, -1))
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks or self.blocks):
             layer, text = (cache.layers[i], cache.text[i]) if cache else (None, None)
             x = block(x, modulation, grid_sizes, freqs, context, mask, layer, text, start)
-        x = self.head(x, e).unflatten(2, (height, width)).unflatten(4, (*PATCH, -1))
+        x = self.head(x, e)
+        if order is not None:
+            x = x[:, :, back]
+        x = x.unflatten(2, (height, width)).unflatten(4, (*PATCH, -1))
         # [B, F, h, w, 1, 2, 2, c] to [B, c, F 1, h 2, w 2]
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
@@ -269,6 +340,20 @@ class CausalWan(nn.Module):
                 f"got {list(t.shape)}"
             )
         return t.to(x.device, torch.float64).view(x.shape[0], -1)
+
+    def _told(self, x, camera, flags):
+        """Camera and flags, checked: each as the configuration wants it."""
+        config, size = self.config, [x.shape[0], x.shape[2]]
+        for name, value, wanted in (
+            ("camera", camera, 2 * config.camera),
+            ("flags", flags, config.flags),
+        ):
+            if not wanted and value is not None:
+                raise ValueError(f"{name}: the model has no {name}, expected None")
+            if wanted and (value is None or list(value.shape) != [*size, wanted]):
+                got = None if value is None else list(value.shape)
+                raise ValueError(f"{name}: expected {[*size, wanted]}, got {got}")
+        return camera, flags
 
     def _embed_text(self, context, batch):
         """Embedded text [B, text_len, C], padded with zero rows before the embedding."""
