@@ -20,7 +20,7 @@ from .ops import (
 )
 from .schedule import Schedule, cag_schedule
 
-# Loaded when first asked for: from .config (no torch), from .patching (torch).
+# Loaded when first asked for: from .config (no torch), from .patching and .capturing (torch).
 _LATER = dict.fromkeys(("Config", "PRESETS"), ".config") | dict.fromkeys(
     (
         "Adapter",
@@ -35,6 +35,7 @@ _LATER = dict.fromkeys(("Config", "PRESETS"), ".config") | dict.fromkeys(
     ),
     ".patching",
 )
+_LATER |= {"capture": ".capturing"}
 
 __all__ = [
     "PRESETS",
@@ -49,6 +50,7 @@ __all__ = [
     "attention",
     "block_sparse_attention",
     "cag_schedule",
+    "capture",
     "compress",
     "dense",
     "handle_of",
