@@ -4,10 +4,13 @@ No torch is imported. Environment:
     LIGHTFORCING_NO_CUDA=1       build the CPU half only, even when nvcc is found
     LIGHTFORCING_CUDA_ARCHS      chips to embed, such as "80 90a" (default: ARCHS below)
     LIGHTFORCING_SANITIZE=1      AddressSanitizer and UndefinedBehaviorSanitizer in the C half
+    LIGHTFORCING_LINEINFO=1      line numbers in the CUDA code, for profilers; twice the size
+    LIGHTFORCING_FUZZ=1          random pauses at every hand-over between warps, for tests only
     LIGHTFORCING_WERROR=1        compiler warnings are errors
     MAX_JOBS                     compilers at once (default: the processors of this machine)
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -22,6 +25,7 @@ ARCHS = "80 86 89 90a 100 120"
 COMMON = sorted(str(p) for p in Path("csrc/common").glob("*.c"))
 SOURCES = sorted(str(p) for d in ("csrc/cpu", "csrc/python") for p in Path(d).glob("*.c"))
 CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+SLOWEST = ("select", "compress")  # of CUDA, many instances each
 HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h")) + sorted(
     str(p) for p in Path("csrc").rglob("*.cuh")
 )
@@ -75,41 +79,63 @@ class BuildCore(build_ext):
         super().build_extension(ext)
 
     def compile_cuda(self, nvcc):
-        """Every .cu to an object, in parallel; an object newer than all sources is kept."""
+        """Every .cu to an object, in parallel; one whose command and sources are as before stays.
+
+        Told by content, not by time: copies of a tree, and builds for other chips, may mix both.
+        """
         out = Path(self.build_temp) / "cuda"
         out.mkdir(parents=True, exist_ok=True)
         archs = os.environ.get("LIGHTFORCING_CUDA_ARCHS", ARCHS).split()
-        newest = max(Path(p).stat().st_mtime for p in [*HEADERS, "setup.py"])
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
         def compile_one(source):
-            target = out / (Path(source).stem + ".o")
-            if target.exists() and target.stat().st_mtime > max(
-                newest, Path(source).stat().st_mtime
-            ):
+            target, stamp, made = (
+                out / (Path(source).stem + end) for end in (".o", ".stamp", ".d")
+            )
+            flags = nvcc_flags(source, archs)
+            if target.exists() and stamp.exists() and stamp.read_text() == digest(flags, made):
                 return str(target)
-            chips = [a for a in archs if a == "90a" or not source.endswith("_sm90.cu")]
-            flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chips]
-            if not source.endswith("_sm90.cu"):
-                flags.append("-gencode=arch=compute_80,code=compute_80")
-            command = [
-                nvcc,
-                "-std=c++17",
-                "-O3",
-                "-lineinfo",
-                "-Xcompiler",
-                "-fPIC,-fvisibility=hidden",
-            ]
-            command += [f'-DLF_CUDA_ARCHS="{" ".join(archs)}"', "-Xptxas", "-v"]
-            command += [*flags, "-c", source, "-o", str(target)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            stamp.unlink(missing_ok=True)
+            command = [nvcc, *flags, "--threads", str(jobs), "-MD", "-MF", str(made)]
+            done = subprocess.run(
+                [*command, "-c", source, "-o", str(target)], capture_output=True, text=True
+            )
             (out / (Path(source).stem + ".ptxas.log")).write_text(done.stderr)
             if done.returncode:
                 raise SystemExit(f"nvcc failed on {source}:\n{done.stderr}")
+            stamp.write_text(digest(flags, made))
             return str(target)
 
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        # The slowest first: its end is the end of the build.
+        order = sorted(CUDA, key=lambda source: Path(source).stem not in SLOWEST)
         with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(compile_one, CUDA))
+            return sorted(pool.map(compile_one, order))
+
+
+def nvcc_flags(source, archs):
+    """What nvcc is told about a file: code for each chip, and one PTX that any later one takes."""
+    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    flags += ["-Xfatbin", "-compress-all", f'-DLF_CUDA_ARCHS="{" ".join(archs)}"']
+    if asked("LIGHTFORCING_LINEINFO"):
+        flags.append("-lineinfo")
+    if asked("LIGHTFORCING_FUZZ"):
+        flags.append("-DLF_FUZZ=1")
+    if source.endswith("_sm90.cu"):
+        chips = [a for a in archs if a == "90a"] or ["90a"]
+    else:
+        chips = archs
+        flags.append("-gencode=arch=compute_80,code=compute_80")
+    return flags + [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chips]
+
+
+def digest(flags, made):
+    """Of a command and of this project's files that it read, as nvcc's list `made` names them."""
+    found = hashlib.sha256(repr(flags).encode())
+    if made.exists():
+        for name in sorted(set(made.read_text().replace("\\\n", " ").split())):
+            if name.startswith("csrc/") and Path(name).is_file():
+                found.update(name.encode() + Path(name).read_bytes())
+    return found.hexdigest()
 
 
 def numpy_include():
