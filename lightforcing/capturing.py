@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class Facts:
         window: most resident frames, or None.
         scale: factor of the logits.
         model: class of the attention layer.
+        order: of the tokens of a frame, ``raster`` or ``morton``.
+        sink_frames: first frames that the window never drops.
         patched: settings of the patch that was active, or None.
     """
 
@@ -57,6 +59,8 @@ class Facts:
     window: int | None
     scale: float
     model: str
+    order: str = "raster"
+    sink_frames: int = 0
     patched: dict | None = None
 
     @property
@@ -76,21 +80,19 @@ class Captured:
     facts: Facts
 
 
-class Capture:
-    """A running capture, as :func:`capture` returns it; also a context manager.
+class Watch:
+    """Calls a function with every attention call that was asked for; also a context manager.
 
     Attributes:
-        folder: where the files are.
-        files: their paths, in the order of the calls.
-        nbytes: bytes of tensors written.
-        skipped: calls that were asked for and not written, counted by reason.
+        calls: how often it did.
+        skipped: calls that were asked for and not given to it, counted by reason.
     """
 
-    def __init__(self, handle, owned, folder, wanted, limit, grid):
-        """Made by :func:`capture`."""
-        self.folder, self.files, self.nbytes, self.skipped = folder, [], 0, Counter()
+    def __init__(self, handle, owned, see, wanted, grid):
+        """Made by :func:`watch` and :func:`capture`."""
+        self.calls, self.skipped = 0, Counter()
         self._handle, self._owned, self._config = handle, owned, handle.config
-        self._wanted, self._limit, self._grid = wanted, limit, grid
+        self._give, self._wanted, self._grid = see, wanted, grid
         self._numbers, self._lock = Counter(), threading.Lock()
         self._here = threading.local()  # grid of the forward that runs in this thread
 
@@ -109,36 +111,30 @@ class Capture:
         for name, function in (("attend", attend), ("enter", enter)):
             function._torchdynamo_disable = True
             setattr(handle, name, function)
-        handle.capture = self
+        handle.watch = self
 
     @property
     def active(self) -> bool:
-        """Is anything still captured?"""
-        return vars(self._handle).get("capture") is self
+        """Has it not been closed?"""
+        return vars(self._handle).get("watch") is self
 
     def close(self) -> None:
-        """Capture no further calls, and put back what was there. Harmless the second time."""
+        """See no further calls, and put back what was there. Harmless the second time."""
         if not self.active:
             return
-        for name in ("attend", "enter", "capture"):
+        for name in ("attend", "enter", "watch"):
             del vars(self._handle)[name]
         # Somebody may have patched the model meanwhile: then it stays patched.
         if self._owned and self._handle.config is self._config:
             self._handle.unpatch()
 
-    def __enter__(self) -> Capture:
-        """The capture itself."""
+    def __enter__(self):
+        """Itself."""
         return self
 
     def __exit__(self, *error) -> None:
         """Close."""
         self.close()
-
-    def __repr__(self) -> str:
-        """How much was captured, and how much was not."""
-        skipped = "".join(f"; {n} skipped: {reason}" for reason, n in self.skipped.items())
-        size = f"{len(self.files)} calls, {self.nbytes / 2**20:.1f} MiB"
-        return f"<lightforcing.Capture in {self.folder}: {size}{skipped}>"
 
     def _see(self, visit, original, args, kwargs):
         handle, layer = self._handle, visit.hook.layer
@@ -160,11 +156,8 @@ class Capture:
             if reason is not None:
                 self.skipped[reason] += 1
                 return
-            nbytes = sum(x.numel() * x.element_size() for x in (q, k, v))
-            if self.nbytes + nbytes > self._limit:
-                self.skipped[f"limit of {self._limit / 2**30:g} GiB reached"] += 1
-                return
             same = (layer, chunk, visit.step)
+            module = visit.hook.module
             facts = Facts(
                 *same,
                 number=self._numbers[same],
@@ -174,12 +167,44 @@ class Capture:
                 frames_per_chunk=size,
                 window=handle.config.window or visit.call.window,
                 scale=scale,
-                model=type(visit.hook.module).__name__,
+                model=type(module).__name__,
+                order=getattr(module, "token_order", "raster"),
+                sink_frames=int(getattr(module, "sink_size", 0)),
                 patched=None if self._owned else handle.config.to_dict(),
             )
-            self.files.append(save(self.folder, Captured(q, k, v, facts)))
             self._numbers[same] += 1
-            self.nbytes += nbytes
+            self.calls += 1
+            self._give(Captured(q, k, v, facts))
+
+
+class Capture(Watch):
+    """A running capture, as :func:`capture` returns it; also a context manager.
+
+    Attributes:
+        folder: where the files are.
+        files: their paths, in the order of the calls.
+        nbytes: bytes of tensors written.
+        skipped: calls that were asked for and not written, counted by reason.
+    """
+
+    def __init__(self, handle, owned, folder, wanted, limit, grid):
+        """Made by :func:`capture`."""
+        super().__init__(handle, owned, self._write, wanted, grid)
+        self.folder, self.files, self.nbytes, self._limit = folder, [], 0, limit
+
+    def _write(self, captured):
+        nbytes = sum(x.numel() * x.element_size() for x in (captured.q, captured.k, captured.v))
+        if self.nbytes + nbytes > self._limit:
+            self.skipped[f"limit of {self._limit / 2**30:g} GiB reached"] += 1
+            return
+        self.files.append(save(self.folder, captured))
+        self.nbytes += nbytes
+
+    def __repr__(self) -> str:
+        """How much was captured, and how much was not."""
+        skipped = "".join(f"; {n} skipped: {reason}" for reason, n in self.skipped.items())
+        size = f"{len(self.files)} calls, {self.nbytes / 2**20:.1f} MiB"
+        return f"<lightforcing.Capture in {self.folder}: {size}{skipped}>"
 
 
 def capture(
@@ -220,26 +245,50 @@ def capture(
     folder = Path(folder)
     if any(folder.glob("*" + SUFFIX)):
         raise FileExistsError(f"folder: expected one without {SUFFIX} files, got {folder}")
+    handle, owned, wanted = _find(target, layers, chunks, steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Capture(handle, owned, folder, wanted, int(limit * 2**30), grid and tuple(grid))
+
+
+def watch(
+    target,
+    see: Callable[[Captured], None],
+    *,
+    layers: Iterable[int] | None = None,
+    chunks: Iterable[int] | None = None,
+    steps: Iterable[int] | None = (0,),
+    grid: tuple[int, int] | None = None,
+) -> Watch:
+    """Call ``see`` with q, k, v and facts of chosen attention calls while the pipeline runs.
+
+    :func:`capture` without files: arguments, results and errors are the same. The tensors are the
+    layer's own and hold until ``see`` returns.
+    """
+    handle, owned, wanted = _find(target, layers, chunks, steps)
+    return Watch(handle, owned, see, wanted, grid and tuple(grid))
+
+
+def _find(target, layers, chunks, steps):
+    """The handle of a target, whether it was made for this, and what is wanted of its calls."""
     handle = handle_of(target)
     owned = handle is None
     if owned:
         # As patch() does with sparsity 0, but without the need for kernels on the device.
-        adapter, modules_with_attention, modules = adapters.find(target)
-        depth = len(modules_with_attention)
+        adapter, attentions, modules = adapters.find(target)
+        depth = len(attentions)
+    elif "watch" in vars(handle):
+        raise ValueError("target: expected one that is not being captured, got one that is")
     else:
         depth = handle.depth
-        if "capture" in vars(handle):
-            raise ValueError(f"target: expected one not being captured, got one into {folder}")
     wanted = {
         "layers": _layers(layers, depth),
         "chunks": None if chunks is None else frozenset(chunks),
         "steps": None if steps is None else frozenset(steps),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     if owned:
         handle = Handle(Config(sparsity=0), adapter)
-        handle.take(modules_with_attention, modules)
-    return Capture(handle, owned, folder, wanted, int(limit * 2**30), grid and tuple(grid))
+        handle.take(attentions, modules)
+    return handle, owned, wanted
 
 
 def save(folder, captured: Captured) -> Path:

@@ -61,6 +61,7 @@ def test_the_facts_of_a_call(tmp_path):
     assert calls[1].facts == capturing.Facts(
         layer=1, chunk=4, step=0, number=0, first_frame=9, frame_tokens=ar.T,
         grid=(ar.HEIGHT, ar.WIDTH), frames_per_chunk=3, window=9, scale=0.25, model="InPlace",
+        sink_frames=1,
     )  # fmt: skip
     assert calls[0].q.shape == (1, 3 * ar.T, 2, 16) and calls[0].k.shape[1] == 9 * ar.T
 
@@ -120,6 +121,17 @@ def test_the_limit_ends_the_writing(tmp_path):
     assert list(captured.skipped.values()) == [1] and "limit" in repr(captured)
 
 
+def test_watch_gives_the_same_calls_without_files(tmp_path):
+    model, seen = ar.make(), []
+    with capturing.watch(model, lambda call: seen.append((call.facts, call.k.clone()))) as watch:
+        ar.rollout(model, 3)
+    with lf.capture(model, tmp_path) as captured:
+        ar.rollout(model, 3)
+    assert watch.calls == len(seen) == len(captured.files) == 4
+    for (facts, k), path in zip(seen, captured.files, strict=True):
+        assert capturing.load(path).facts == facts and torch.equal(capturing.load(path).k, k)
+
+
 # ---- nothing changes ----------------------------------------------------------------------
 
 
@@ -157,7 +169,7 @@ def test_a_patch_made_meanwhile_stays(tmp_path):
     model = ar.make()
     with lf.capture(model, tmp_path):
         handle = lf.patch(model, "fast", **SMALL)
-    assert handle.active and not hasattr(handle, "capture")
+    assert handle.active and not hasattr(handle, "watch")
     handle.unpatch()
 
 
@@ -191,7 +203,7 @@ def test_what_is_refused(tmp_path):
         lf.capture(torch.nn.Linear(2, 2), tmp_path / "a")
     assert not (tmp_path / "a").exists()
     with lf.capture(model, tmp_path / "b", layers=(0,)):
-        with pytest.raises(ValueError, match="expected one not being captured"):
+        with pytest.raises(ValueError, match="expected one that is not being captured"):
             lf.capture(model, tmp_path / "c")
         ar.rollout(model, 2)
     with pytest.raises(FileExistsError, match="expected one without .safetensors files"):
