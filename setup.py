@@ -12,6 +12,7 @@ No torch is imported. Environment:
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -87,13 +88,15 @@ class BuildCore(build_ext):
         out.mkdir(parents=True, exist_ok=True)
         archs = os.environ.get("LIGHTFORCING_CUDA_ARCHS", ARCHS).split()
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = int(re.search(r"release (\d+)", said)[1])
 
         def compile_one(source):
             target, stamp, made = (
                 out / (Path(source).stem + end) for end in (".o", ".stamp", ".d")
             )
-            flags = nvcc_flags(source, archs)
-            if target.exists() and stamp.exists() and stamp.read_text() == digest(flags, made):
+            flags = nvcc_flags(source, archs, release)
+            if target.exists() and stamp.exists() and stamp.read_text() == digest([said, *flags], made):
                 return str(target)
             stamp.unlink(missing_ok=True)
             command = [nvcc, *flags, "--threads", str(jobs), "-MD", "-MF", str(made)]
@@ -103,7 +106,7 @@ class BuildCore(build_ext):
             (out / (Path(source).stem + ".ptxas.log")).write_text(done.stderr)
             if done.returncode:
                 raise SystemExit(f"nvcc failed on {source}:\n{done.stderr}")
-            stamp.write_text(digest(flags, made))
+            stamp.write_text(digest([said, *flags], made))
             return str(target)
 
         # The slowest first: its end is the end of the build.
@@ -112,10 +115,12 @@ class BuildCore(build_ext):
             return sorted(pool.map(compile_one, order))
 
 
-def nvcc_flags(source, archs):
+def nvcc_flags(source, archs, release):
     """What nvcc is told about a file: code for each chip, and one PTX that any later one takes."""
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    flags += ["-Xfatbin", "-compress-all", f'-DLF_CUDA_ARCHS="{" ".join(archs)}"']
+    flags += [f'-DLF_CUDA_ARCHS="{" ".join(archs)}"']
+    # A tenth of the size. Drivers before 2024 cannot unpack `size`; CUDA 13 needs newer ones anyway.
+    flags += ["--compress-mode=size"] if release >= 13 else ["-Xfatbin", "-compress-all"]
     if asked("LIGHTFORCING_LINEINFO"):
         flags.append("-lineinfo")
     if asked("LIGHTFORCING_FUZZ"):
@@ -128,7 +133,7 @@ def nvcc_flags(source, archs):
     return flags + [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chips]
 
 
-def digest(flags, made):
+def digest([said, *flags], made):
     """Of a command and of this project's files that it read, as nvcc's list `made` names them."""
     found = hashlib.sha256(repr(flags).encode())
     if made.exists():
