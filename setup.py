@@ -96,7 +96,7 @@ class BuildCore(build_ext):
                 out / (Path(source).stem + end) for end in (".o", ".stamp", ".d")
             )
             flags = nvcc_flags(source, archs, release)
-            if target.exists() and stamp.exists() and stamp.read_text() == digest([said, *flags], made):
+            if target.exists() and stamp.exists() and stamp.read_text() == digest(flags, made):
                 return str(target)
             stamp.unlink(missing_ok=True)
             command = [nvcc, *flags, "--threads", str(jobs), "-MD", "-MF", str(made)]
@@ -106,7 +106,7 @@ class BuildCore(build_ext):
             (out / (Path(source).stem + ".ptxas.log")).write_text(done.stderr)
             if done.returncode:
                 raise SystemExit(f"nvcc failed on {source}:\n{done.stderr}")
-            stamp.write_text(digest([said, *flags], made))
+            stamp.write_text(digest(flags, made))
             return str(target)
 
         # The slowest first: its end is the end of the build.
@@ -119,7 +119,7 @@ def nvcc_flags(source, archs, release):
     """What nvcc is told about a file: code for each chip, and one PTX that any later one takes."""
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags += [f'-DLF_CUDA_ARCHS="{" ".join(archs)}"']
-    # A tenth of the size. Drivers before 2024 cannot unpack `size`; CUDA 13 needs newer ones anyway.
+    # A tenth of the size. Drivers before 2024 cannot unpack it; CUDA 13 needs newer ones anyway.
     flags += ["--compress-mode=size"] if release >= 13 else ["-Xfatbin", "-compress-all"]
     if asked("LIGHTFORCING_LINEINFO"):
         flags.append("-lineinfo")
@@ -133,8 +133,8 @@ def nvcc_flags(source, archs, release):
     return flags + [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chips]
 
 
-def digest([said, *flags], made):
-    """Of a command and of this project's files that it read, as nvcc's list `made` names them."""
+def digest(flags, made):
+    """Of flags and of this project's files that it read, as nvcc's list `made` names them."""
     found = hashlib.sha256(repr(flags).encode())
     if made.exists():
         for name in sorted(set(made.read_text().replace("\\\n", " ").split())):
