@@ -36,6 +36,9 @@ class Call:
         cache: any integer that tells the caches of two videos apart while both live.
         keys: the tensor in which the layer keeps its keys as attention sees them (RoPE applied,
             never moved). Only read while the forward runs. None: every call is a fresh tensor.
+        grid: rows and columns of a frame's tokens; None where the arguments do not tell.
+        order: how the tokens of a frame lie in it: ``raster`` or ``morton``.
+        sink: first frames that a rolling window never drops.
     """
 
     start: int
@@ -43,6 +46,9 @@ class Call:
     window: int | None = None
     cache: int = 0
     keys: torch.Tensor | None = None
+    grid: tuple[int, int] | None = None
+    order: str = "raster"
+    sink: int = 0
 
 
 class Adapter:
@@ -133,12 +139,16 @@ class GlobalAttention(Adapter):
         if not isinstance(start, int):
             return reasons.NO_POSITION
         keys = cache.get("k") if isinstance(cache, dict) else None
+        grid, sink = _grid(arguments), getattr(layer, "sink_size", 0)
         return Call(
             start=start,
-            frame_tokens=_frame_tokens(arguments),
+            frame_tokens=grid[0] * grid[1] if grid else _frame_tokens(arguments),
             window=_window(getattr(layer, "local_attn_size", None)),
             cache=id(cache),
             keys=keys if isinstance(keys, torch.Tensor) else None,
+            grid=grid,
+            order=getattr(layer, "token_order", None) or "raster",
+            sink=sink if isinstance(sink, int) and sink > 0 else 0,
         )
 
     def install(self, layer, user):
@@ -152,13 +162,17 @@ class GlobalAttention(Adapter):
             hook.release(method.__globals__, self.function, user)
 
 
-def _frame_tokens(arguments):
+def _grid(arguments):
     grid = arguments.get("grid_sizes")
     if isinstance(grid, torch.Tensor):
         grid = grid.tolist() if grid.device.type == "cpu" else None  # never a device sync
     row = grid[0] if isinstance(grid, (list, tuple)) and grid else None
-    if isinstance(row, (list, tuple)) and len(row) == 3:
-        return int(row[1] * row[2]) or None
+    if isinstance(row, (list, tuple)) and len(row) == 3 and row[1] * row[2]:
+        return int(row[1]), int(row[2])
+    return None
+
+
+def _frame_tokens(arguments):
     tokens = arguments.get("frame_seqlen")
     return tokens if isinstance(tokens, int) and tokens > 0 else None
 

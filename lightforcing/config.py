@@ -3,11 +3,20 @@
 import json
 import math
 import operator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from .schedule import LAWS
 
 SCORES = ("mean", "mass", "lse")
+
+# Selectors that select_blocks is: by name the score and whether frames are chosen first.
+BUILT_IN = {
+    "hsa": ("mean", True),
+    "mean": ("mean", False),
+    "mass": ("mass", False),
+    "lse": ("lse", False),
+}
 
 # paper, paper-long: the published schedules and rule. The other three keep the same number of
 # blocks in every chunk and rank them by estimated attention mass.
@@ -48,6 +57,11 @@ class Config:
             0 with a given schedule.
         window: most resident frames; None takes the layer's ``local_attn_size`` if it is positive.
         frame_tokens: tokens of a frame, for models whose layers are not told their grid.
+        grid: rows and columns of a frame's tokens, likewise; only some selectors ask for it.
+        token_order: ``raster`` or ``morton``; None takes the layer's ``token_order``, else raster.
+        selector: which key blocks a query block reads: a name of
+            :func:`lightforcing.selectors.names` or an object of its protocol, in place of score
+            and hierarchy. The names ``hsa``, ``mean``, ``mass`` and ``lse`` set these two instead.
         score: how key blocks are ranked: ``mean``, ``mass`` or ``lse``.
         hierarchy: choose frames first, then blocks inside them.
         keep_frames: past frames that stay candidates for each query block (hierarchy only).
@@ -55,6 +69,10 @@ class Config:
         near_frames: last past frames that always are among them.
         block_q: query rows that share one list; 16 to 128.
         block_k: tokens of a key block; 16, 32, 64 or 128.
+        refresh: denoising steps of a chunk that share one list; 1 makes a list every step.
+        layout: ``tiles`` or ``raster``: reorder the tokens of a frame around the sparse call, so
+            that blocks are tiles or runs of rows. An experiment: it costs a copy of q, k and v.
+        budget: blocks of each head, as a :class:`lightforcing.selectors.Budget`; the total stays.
         dense_layers: layers that stay dense, counted from 0; negative from the end.
         dense_steps: denoising steps of a chunk that stay dense, counted from 0.
         strict: raise where a call would stay dense for a reason nobody asked for.
@@ -76,6 +94,9 @@ class Config:
     dense_frames: int | None = None
     window: int | None = None
     frame_tokens: int | None = None
+    grid: tuple[int, int] | None = None
+    token_order: str | None = None
+    selector: Any = None
     score: str = "mass"
     hierarchy: bool = False
     keep_frames: int = 6
@@ -83,6 +104,9 @@ class Config:
     near_frames: int = 2
     block_q: int = 128
     block_k: int = 64
+    refresh: int = 1
+    layout: str | None = None
+    budget: Any = None
     dense_layers: tuple[int, ...] = ()
     dense_steps: tuple[int, ...] = ()
     strict: bool = False
@@ -104,6 +128,11 @@ class Config:
             put(name, _optional(_integer), 1)
         put("dense_frames", _optional(_integer), 0)
         put("chunk_ends", _optional(_tuple_of(_integer)), 1)
+        put("grid", _optional(_tuple_of(_integer)), 1)
+        if self.grid is not None and len(self.grid) != 2:
+            raise ValueError(f"grid: expected rows and columns, got {list(self.grid)}")
+        put("token_order", _optional(_choice), ("raster", "morton"))
+        put("layout", _optional(_choice), ("raster", "tiles"))
         put("score", _choice, SCORES)
         for name in ("hierarchy", "strict", "timing"):
             put(name, _boolean)
@@ -112,6 +141,15 @@ class Config:
             put(name, _integer, 0)
         put("block_q", _integer, 16, 128)
         put("block_k", _choice, (16, 32, 64, 128))
+        put("refresh", _integer, 1)
+        put("selector", _optional(_selector))
+        put("budget", _optional(_budget))
+        if isinstance(self.selector, str):
+            for name, value in zip(("score", "hierarchy"), BUILT_IN[self.selector], strict=True):
+                object.__setattr__(self, name, value)
+            object.__setattr__(self, "selector", None)
+        if self.budget is not None and self.selector is None and self.hierarchy:
+            raise ValueError("budget: expected hierarchy=False or a selector beside it, got hsa")
         put("dense_layers", _tuple_of(_integer), -math.inf)
         put("dense_steps", _tuple_of(_integer), 0)
         if self.sink_frames + self.near_frames > self.keep_frames:
@@ -129,6 +167,12 @@ class Config:
                 f"schedule: expected {len(ends)} values, one for each of chunk_ends, "
                 f"got {len(self.schedule)}"
             )
+
+    @property
+    def plain(self):
+        """Is the list select_blocks', new in every call, on tokens as they lie?"""
+        extras = (self.selector, self.layout, self.budget)
+        return self.refresh == 1 and all(x is None for x in extras)
 
     @classmethod
     def preset(cls, name="balanced", *, sparsity=None, **overrides):
@@ -156,7 +200,14 @@ class Config:
 
     def to_dict(self):
         """Plain Python values, JSON-ready; :meth:`from_dict` takes them back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.selector is not None:
+            from .selectors import to_dict
+
+            values["selector"] = to_dict(self.selector)
+        if self.budget is not None:
+            values["budget"] = [list(row) for row in self.budget.shares]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
     def from_dict(cls, values):
@@ -223,6 +274,25 @@ def _choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
     return value
+
+
+def _selector(name, value):
+    if isinstance(value, str) and value in BUILT_IN:
+        return value
+    from .selectors import make
+
+    return make(value)
+
+
+def _budget(name, value):
+    from .selectors import Budget
+
+    if isinstance(value, Budget):
+        return value
+    try:
+        return Budget(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _optional(check):
