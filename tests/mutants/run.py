@@ -1,147 +1,269 @@
-"""Seeded faults that the suite must catch: `python tests/mutants/run.py [NAME ...]`.
+"""Seeded faults that the suite must catch: `python tests/mutants/run.py [--gpu] [NAME ...]`.
 
-Each `*.patch` beside this file is one fault, a unified diff under a short header:
+Each `*.patch` beside this file, or in gpu/ those of CUDA kernels, is one fault, a unified diff
+under a short header:
 
     Fault: what is wrong, in a sentence
     Tests: the files (or tests) that should catch it
+    Build: environment of the build, such as LIGHTFORCING_FUZZ=1 (may be left out)
 
-The tree is copied, built and tested unharmed; then each fault is applied to the copy, the
-extension rebuilt where C changed, the named tests run, and the fault taken out again. The run
-fails if a fault survives, a patch does not apply, a tree does not build or import, or the
-unharmed tree fails.
+The tree is copied, built and tested unharmed; then each fault is applied to a copy, the extension
+rebuilt, and the named tests run. The run fails if a fault survives, a patch does not apply, a tree
+does not build or import, or the unharmed tree fails or passes no test.
+
+Without --gpu the trees are built without CUDA and faults follow each other in one copy. With it
+there are as many copies as faults, side by side, built for Hopper, which the run needs; a test run
+that does not end within LIMIT is killed and counts as caught: a kernel that waits for a wrong
+phase waits for ever.
 """
 
 import argparse
+import datetime
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "demo", "*.so", "*.egg-info", "__pycache__", ".*_cache"
+    *".git .venv .gpu build dist demo *.so *.egg-info __pycache__ .*_cache".split()
 )
 PASSED, FAILED = 0, 1  # pytest's exit codes; any other is an accident, not a verdict
+LIMIT = 90  # seconds of a GPU's tests, five times what the unharmed ones take
+GPU_TESTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: its patch, and the tests that should catch it."""
+    """One fault: its patch, the tests that should catch it, the environment of its build."""
 
-    path: Path
+    path: Path | None
     fault: str
-    tests: list[str]
+    tests: tuple[str, ...]
+    build: tuple[str, ...]
     touches_c: bool
 
     @property
     def name(self):
-        return self.path.stem
+        return self.path.stem if self.path else " ".join(("(none)", *self.build))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tests of one tree said."""
+
+    passed: int
+    caught: str  # the test that failed, or that nothing ended; empty: all passed
+    seconds: float
 
 
 def read(path):
     """Parse the header of a patch."""
     text = path.read_text()
-    fields = dict(re.findall(r"^(Fault|Tests): (.+)$", text, flags=re.M))
-    if set(fields) != {"Fault", "Tests"}:
+    fields = dict(re.findall(r"^(Fault|Tests|Build): (.+)$", text, flags=re.M))
+    if not {"Fault", "Tests"} <= set(fields):
         raise SystemExit(f"{path.name}: expected a 'Fault:' and a 'Tests:' line")
     touches_c = re.search(r"^\+\+\+ b/csrc/", text, flags=re.M) is not None
-    return Mutant(path, fields["Fault"], shlex.split(fields["Tests"]), touches_c)
+    tests, build = (tuple(shlex.split(fields.get(x, ""))) for x in ("Tests", "Build"))
+    return Mutant(path, fields["Fault"], tests, build, touches_c)
 
 
-def call(tree, *command):
-    """Run a command in the copied tree; (exit code, everything it printed)."""
-    done = subprocess.run(
-        command,
-        cwd=tree,
-        env=os.environ | {"LIGHTFORCING_NO_CUDA": "1"},  # no fault is in it; nvcc takes minutes
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return done.returncode, done.stdout
+class Tree:
+    """A copy of the project, in which commands run."""
+
+    def __init__(self, path, gpu):
+        """Copies; with `gpu` also the objects of the last build: setup.py knows them by content."""
+        self.path, self.gpu = path, gpu
+        shutil.copytree(ROOT, path, ignore=NOT_COPIED)
+        for objects in ROOT.glob("build/temp*/cuda") if gpu else ():
+            shutil.copytree(objects, path / objects.relative_to(ROOT))
+        self.must("git init", "git", "init", "-q")  # so that git apply is at home here
+
+    def call(self, *command, build=(), limit=None):
+        """Run a command; (exit code, None when out of time; everything it printed)."""
+        # The CPU's faults need no CUDA: nvcc takes minutes.
+        ours = {"LIGHTFORCING_CUDA_ARCHS": "90a"} if self.gpu else {"LIGHTFORCING_NO_CUDA": "1"}
+        ours |= {"PYTHONPATH": str(self.path)} | dict(x.split("=", 1) for x in build)
+        with subprocess.Popen(
+            command,
+            cwd=self.path,
+            env=os.environ | ours,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=limit)
+                return process.returncode, output
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return None, process.communicate()[0]
+
+    def must(self, what, *command, build=()):
+        """Run a command that has to succeed."""
+        code, output = self.call(*command, build=build)
+        if code:
+            raise RuntimeError(f"{what} failed:\n{output[-4000:]}")
+
+    def apply(self, mutant, *options):
+        """Put the fault in, or with -R take it out."""
+        self.must(f"{mutant.name}: git apply", "git", "apply", *options, str(mutant.path))
+
+    def build(self, mutant=None):
+        """Compile the extension in place, and import it."""
+        environment = mutant.build if mutant else ()
+        what, python = f"{mutant.name if mutant else 'the unharmed tree'}: ", sys.executable
+        command = (python, "setup.py", "-q", "build_ext", "--inplace")
+        self.must(what + "build", *command, build=environment)
+        self.must(what + "import", python, "-B", "-c", "import lightforcing")
+
+    def test(self, arguments):
+        """Run pytest to the first failure."""
+        start = time.monotonic()
+        command = [sys.executable, "-B", "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+        code, output = self.call(*command, *arguments, limit=LIMIT if self.gpu else None)
+        seconds = time.monotonic() - start
+        if code is None:
+            return Verdict(0, f"no end within {LIMIT} s", seconds)
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.M)
+        if code not in (PASSED, FAILED) or (code == FAILED and not failed):
+            raise RuntimeError(
+                f"pytest {shlex.join(arguments)} ended with {code}:\n{output[-4000:]}"
+            )
+        passed = re.search(r"\b(\d+) passed", output)
+        caught = failed.group(1) if code == FAILED else ""
+        return Verdict(int(passed.group(1)) if passed else 0, caught, seconds)
 
 
-def must(tree, what, *command):
-    """Run a command that has to succeed."""
-    code, output = call(tree, *command)
-    if code:
-        raise SystemExit(f"{what} failed:\n{output[-4000:]}")
+class Table:
+    """Prints a line for each tree and counts the faults that nobody saw."""
+
+    def __init__(self):
+        """The head of the table."""
+        print(f"{'mutant':<32} {'verdict':<9} {'s':>5}  caught by", flush=True)
+        self.survivors, self.count = [], 0
+
+    def unharmed(self, mutant, verdict):
+        """The tree without a fault, which has to pass something and fail nothing."""
+        if verdict.caught or not verdict.passed:
+            why = verdict.caught or "every test: none passed"
+            raise RuntimeError(f"the unharmed tree fails {why}; a mutant would prove nothing")
+        line = f"{mutant.name:<32} {'passes':<9} {verdict.seconds:5.1f}  {verdict.passed} tests"
+        print(line, flush=True)
+
+    def harmed(self, mutant, verdict):
+        """A tree with a fault."""
+        word, told = ("caught", verdict.caught) if verdict.caught else ("SURVIVED", mutant.fault)
+        print(f"{mutant.name:<32} {word:<9} {verdict.seconds:5.1f}  {told}", flush=True)
+        self.count += 1
+        if not verdict.caught:
+            self.survivors.append(mutant.name)
+
+    def end(self):
+        """Prints the sum; the exit status."""
+        print(f"\n{self.count - len(self.survivors)} of {self.count} caught")
+        return int(bool(self.survivors))
 
 
-def build(tree):
-    """Compile the extension in place."""
-    must(tree, "the build", sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+def united(mutants, build=()):
+    """The unharmed tree, with the tests of all these faults."""
+    tests = sorted({t for m in mutants for t in m.tests})
+    return Mutant(None, "", tuple(tests), build, False)
 
 
-def test(tree, arguments):
-    """Run pytest to the first failure; (exit code, name of what failed, seconds)."""
-    start = time.monotonic()
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    code, output = call(tree, *command, *arguments)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.M)
-    if code not in (PASSED, FAILED) or (code == FAILED and not failed):
-        raise SystemExit(f"pytest {shlex.join(arguments)} ended with {code}:\n{output[-4000:]}")
-    return code, failed.group(1) if failed else "", time.monotonic() - start
+def run_in_turn(mutants, folder):
+    """All faults in one copy, one after the other."""
+    tree, table = Tree(folder / "tree", gpu=False), Table()
+    for mutant in mutants:
+        tree.apply(mutant, "--check")
+    tree.build()
+    table.unharmed(united(mutants), tree.test(united(mutants).tests))
+    rebuild = False
+    for mutant in mutants:
+        if rebuild and not mutant.touches_c:
+            tree.build()
+        tree.apply(mutant)
+        try:
+            if mutant.touches_c:
+                tree.build(mutant)
+            table.harmed(mutant, tree.test(mutant.tests))
+        finally:
+            tree.apply(mutant, "-R")
+        rebuild = mutant.touches_c
+    return table.end()
 
 
-def try_mutant(tree, mutant):
-    """Apply, build, test, and restore; (what caught it or None, seconds)."""
-    must(tree, f"{mutant.name}: git apply", "git", "apply", str(mutant.path))
+def run_on_gpu(mutants, folder):
+    """Each fault in a copy of its own, all built at once; so are the unharmed trees they need."""
+    name, _, driver = nvidia_smi().partition(", ")
+    commit = os.environ.get("LIGHTFORCING_COMMIT") or git_head()
+    print(f"{name}, driver {driver}, commit {commit}, {datetime.date.today().isoformat()}")
+    # One unharmed tree for each way to build, with the tests of the faults that are built so.
+    ways = sorted({m.build for m in mutants})
+    whole = [united([m for m in mutants if m.build == way], way) for way in ways]
+    pool, turns = ThreadPoolExecutor(os.cpu_count()), ThreadPoolExecutor(GPU_TESTS_AT_ONCE)
+
+    def attempt(number, mutant):
+        tree = Tree(folder / f"tree{number}", gpu=True)
+        if mutant.path:
+            tree.apply(mutant)
+        tree.build(mutant)
+        return turns.submit(tree.test, mutant.tests).result()
+
+    with pool, turns:
+        waiting = [pool.submit(attempt, n, m) for n, m in enumerate([*whole, *mutants])]
+        table = Table()
+        for mutant, job in zip([*whole, *mutants], waiting, strict=True):
+            (table.harmed if mutant.path else table.unharmed)(mutant, job.result())
+    return table.end()
+
+
+def nvidia_smi():
+    """Card and driver of the first GPU; refuses to go on without a Hopper one."""
+    query = ("nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader")
     try:
-        if mutant.touches_c:
-            build(tree)
-        must(tree, f"{mutant.name}: import", sys.executable, "-B", "-c", "import lightforcing")
-        code, failed, seconds = test(tree, mutant.tests)
-    finally:
-        must(tree, f"{mutant.name}: git apply -R", "git", "apply", "-R", str(mutant.path))
-    return (failed if code == FAILED else None), seconds
+        said = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+    except OSError:
+        said = ""
+    found, _, capability = said.rpartition(", ")
+    if capability != "9.0":
+        raise RuntimeError(f"--gpu needs a GPU of compute capability 9.0, found {said or 'none'}")
+    return found
+
+
+def git_head():
+    """The commit of this tree, if git knows."""
+    command = ("git", "rev-parse", "--short=10", "HEAD")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def main():
     """Run every mutant, or those named; exit 1 if one survives."""
     parser = argparse.ArgumentParser(description="Run the seeded faults against the suite.")
     parser.add_argument("names", nargs="*", help="stems of patches (default: all)")
-    names = set(parser.parse_args().names)
-    mutants = [m for m in map(read, sorted(HERE.glob("*.patch"))) if not names or m.name in names]
+    parser.add_argument("--gpu", action="store_true", help="the faults of CUDA kernels")
+    options = parser.parse_args()
+    names, where = set(options.names), HERE / "gpu" if options.gpu else HERE
+    mutants = [m for m in map(read, sorted(where.glob("*.patch"))) if not names or m.name in names]
     if not mutants or names - {m.name for m in mutants}:
-        raise SystemExit(f"no such patch: {', '.join(sorted(names)) or HERE}")
-
+        raise SystemExit(f"no such patch: {', '.join(sorted(names)) or where}")
     with tempfile.TemporaryDirectory(prefix="lightforcing-mutants-") as folder:
-        tree = Path(folder) / "tree"
-        shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
-        must(tree, "git init", "git", "init", "-q")  # so that git apply is at home here
-        for mutant in mutants:
-            must(tree, f"{mutant.name}: git apply", "git", "apply", "--check", str(mutant.path))
-        build(tree)
-        code, failed, seconds = test(tree, sorted({t for m in mutants for t in m.tests}))
-        if code != PASSED:
-            raise SystemExit(f"the unharmed tree fails {failed}; a mutant would prove nothing")
-        print(f"{'mutant':<24} {'verdict':<9} {'s':>5}  caught by")
-        print(f"{'(none)':<24} {'passes':<9} {seconds:5.1f}", flush=True)
-
-        survivors = []
-        rebuild = False
-        for mutant in mutants:
-            if rebuild and not mutant.touches_c:
-                build(tree)
-            caught, seconds = try_mutant(tree, mutant)
-            rebuild = mutant.touches_c
-            verdict = "caught" if caught else "SURVIVED"
-            print(
-                f"{mutant.name:<24} {verdict:<9} {seconds:5.1f}  {caught or mutant.fault}",
-                flush=True,
-            )
-            if not caught:
-                survivors.append(mutant.name)
-    print(f"\n{len(mutants) - len(survivors)} of {len(mutants)} caught")
-    return 1 if survivors else 0
+        try:
+            return (run_on_gpu if options.gpu else run_in_turn)(mutants, Path(folder))
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
