@@ -1,0 +1,91 @@
+"""Finished rows on disk, and what they say: means and paired differences with 95 % intervals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+DRAWS = 4000
+
+
+def interval(values, draws=DRAWS, seed=0):
+    """Mean and bootstrap 95 % interval of a sample; NaN are left out, three None if all are.
+
+    The draws depend on ``seed`` and the sample's size only, so two rows of a table are resampled
+    alike.
+    """
+    x = np.asarray(values, np.float64)
+    x = x[np.isfinite(x)]
+    if x.size == 0:
+        return None, None, None
+    picks = np.random.default_rng(seed).integers(0, x.size, (draws, x.size))
+    low, high = np.quantile(x[picks].mean(1), (0.025, 0.975))
+    return float(x.mean()), float(low), float(high)
+
+
+def difference(a, b):
+    """Paired: :func:`interval` of a - b over the clips that both have, the first ones."""
+    n = min(len(a), len(b))
+    return interval(np.asarray(a[:n], np.float64) - np.asarray(b[:n], np.float64))
+
+
+def show(triple, digits=2):
+    """``+0.12 [-0.03 +0.20]``, or a dash."""
+    if triple[0] is None:
+        return "-"
+    mean, low, high = (f"{x:+.{digits}f}" for x in triple)
+    return f"{mean} [{low} {high}]"
+
+
+def digest(path):
+    """The first 12 hexadecimal digits of a file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+class Store:
+    """Finished rows, a JSON line each. A row counts only under the key that it was made with.
+
+    Args:
+        path: of the file; made when the first row is put.
+        key: everything that a row's figures depend on beside its name: commit, weights, clips.
+    """
+
+    def __init__(self, path, key):
+        self.path, self.key, self._rows = Path(path), json.loads(json.dumps(key)), {}
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # the last line of a run that was killed
+                    continue
+                if row.get("key") == self.key:
+                    self._rows[row["name"]] = row
+
+    def __contains__(self, name):
+        return name in self._rows
+
+    def __getitem__(self, name):
+        return self._rows[name]
+
+    def get(self, name):
+        """The row, or None."""
+        return self._rows.get(name)
+
+    @property
+    def names(self):
+        """Of the rows that are there, in the order of their making."""
+        return list(self._rows)
+
+    def put(self, name, **values):
+        """Keep a row, and write its line at once."""
+        row = {"name": name, "key": self.key, **values}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(row) + "\n"
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a") as file:
+            file.write("\n" + text if torn and self.path.stat().st_size else text)
+        self._rows[name] = json.loads(text)
+        return self._rows[name]
