@@ -1,0 +1,175 @@
+"""``python -m lightforcing.world train|evaluate|export|render``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..models import load_wan
+from . import evaluate, render, weights
+from .data import clips
+from .model import MODELS, weights_of
+from .train import RECIPES, Trainer, shortened
+
+
+def train(options) -> int:
+    """Train, or go on training; exit 3 when the time was up before the recipe was over."""
+    recipe = RECIPES[options.model]
+    if options.stages:
+        recipe = shortened(recipe, options.stages)
+    trainer = Trainer(
+        options.folder,
+        model=options.model,
+        recipe=recipe,
+        seed=options.seed,
+        device=options.device,
+        piece=options.piece and options.piece << 20,
+        began=BEGAN,
+    )
+    return 0 if trainer.run(options.seconds) else 3
+
+
+def _device(options):
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _examined(model, options) -> list[dict]:
+    """The gates at every size asked for, with a bar on stderr."""
+    results = []
+    for view, count in zip(options.view, options.clips, strict=True):
+        batch = min(count, max(1, options.batch * 64**2 // view**2))
+        with tqdm(total=count, desc=f"{view} px", unit="clip", disable=None) as bar:
+            results.append(
+                evaluate.gates(
+                    model,
+                    view=view,
+                    count=count,
+                    batch=batch,
+                    progress=lambda done, bar=bar: bar.update(done - bar.n),
+                )
+            )
+        print(evaluate.table(results[-1]), flush=True)
+    return results
+
+
+def gates(options) -> int:
+    """Examine weights; exit 1 if a gate fails."""
+    device = _device(options)
+    dtype = torch.float16 if device != "cpu" else torch.float32
+    if options.weights and Path(options.weights).is_file():
+        model = load_wan(options.weights, device=device, dtype=dtype)
+    else:
+        model = weights.load_world(options.weights, device=device, dtype=dtype)
+    results = _examined(model, options)
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if all(r["ok"] for r in results) else 1
+
+
+def export(options) -> int:
+    """Write the weights of a finished run in 8 bits, examine that file, and write its card."""
+    folder = Path(options.folder)
+    model = load_wan(folder / "ema.safetensors")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    runs = [line for line in log if line.get("event") in ("start", "resume")]
+    end = next(line for line in reversed(log) if line.get("event") == "trained")
+    first = runs[0]
+    facts = {
+        "model": {"name": first["model"], "weights": weights_of(model)},
+        "run": {
+            "command": f"python -m lightforcing.world train --model {first['model']} "
+            f"--seed {first['seed']}",
+            "device": " and ".join(dict.fromkeys(run["device"] for run in runs)),
+            "torch": first["torch"],
+            "runs": len(runs),
+            "wall": end["at"]["wall"],
+            "steps": end["at"]["total"],
+            "clips": end["at"]["clips"],
+            "seed": first["seed"],
+            "recipe": first["recipe"],
+        },
+        "gates": [],
+    }
+    out = options.out or weights.FOLDER
+    weights.export(model, out, facts)
+    shipped = weights.load_world(out, device=_device(options))
+    facts["gates"] = _examined(shipped, options)
+    weights.export(model, out, facts)
+    (Path(out) / weights.PAGE).write_text(weights.page(weights.card(out)))
+    (Path(out) / "log.jsonl").write_text((folder / "log.jsonl").read_text())
+    return 0 if all(r["ok"] for r in facts["gates"]) else 1
+
+
+def pictures(options) -> int:
+    """Roll examination clips out, dense and under presets, and draw one of them."""
+    model = weights.load_world(options.weights, device=_device(options))
+    view = options.view[0]
+    clip = clips(options.number + 1, view=view, device=model.device)[options.number :]
+    rules = {name: None if name == "dense" else {"preset": name} for name in options.rules}
+    found = render.compared(model, clip, rules)
+    for label, one in found.items():
+        print(f"{label:<12} {one['scores']['all'].item():6.2f} dB  {one['seconds']:6.1f} s")
+    for path in render.draw(clip.to("cpu"), found, options.out):
+        print(path)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m lightforcing.world", description=__doc__)
+    commands = top.add_subparsers(required=True)
+
+    def add(name, run):
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--device", help="cpu, cuda ...; the GPU if there is one")
+        return command
+
+    def sizes(command):
+        command.add_argument("--view", type=int, nargs="+", default=[64, 128])
+        command.add_argument("--clips", type=int, nargs="+", default=[256, 64])
+        command.add_argument("--batch", type=int, default=64, help="clips of 64 px at a time")
+
+    command = add("train", train)
+    command.add_argument("--folder", default="world", help="of checkpoint, log and weights")
+    command.add_argument("--model", choices=MODELS, default="narrow")
+    command.add_argument("--seconds", type=float, default=float("inf"), help="of this run")
+    command.add_argument("--stages", type=float, nargs="+", help="seconds of each stage")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--piece", type=int, help="MiB: checkpoints in files no larger")
+    command = add("evaluate", gates)
+    command.add_argument("--weights", help="file or folder of an export; else those that ship")
+    command.add_argument("--json", help="file for all figures")
+    sizes(command)
+    command = add("export", export)
+    command.add_argument("--folder", default="world", help="of a finished run")
+    command.add_argument("--out", help="folder; else the package's own")
+    sizes(command)
+    command = add("render", pictures)
+    command.add_argument("--weights", help="folder of an export; else those that ship")
+    command.add_argument("--out", default="world-pictures")
+    command.add_argument("--rules", nargs="+", default=["dense", "fast", "paper"])
+    command.add_argument("--view", type=int, nargs=1, default=[64])
+    command.add_argument("--number", type=int, default=0, help="examination clip")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; wrong arguments and missing files end with a sentence and status 2."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+BEGAN = time.perf_counter()
+if __name__ == "__main__":
+    raise SystemExit(main())
