@@ -60,6 +60,7 @@ __all__ = [
     "plan_selection",
     "register_adapter",
     "select_blocks",
+    "selectors",
     "set_num_threads",
     "warmup",
 ]
@@ -67,9 +68,11 @@ __all__ = [
 
 def __getattr__(name: str):
     """The names that are loaded late."""
-    if name in _LATER:
-        import importlib
+    import importlib
 
+    if name == "selectors":
+        return importlib.import_module(".selectors", __name__)
+    if name in _LATER:
         globals()[name] = getattr(importlib.import_module(_LATER[name], __name__), name)
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

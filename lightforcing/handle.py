@@ -13,6 +13,7 @@ from . import adapters, hook, ops, reasons, report
 from .arrays import disabled
 from .config import Config
 from .means import BUFFERS, KeyMeans
+from .selectors.choose import Chooser, grid_of, layout, needs_grid
 from .stats import Record, Timer
 
 logger = logging.getLogger("lightforcing")
@@ -46,6 +47,7 @@ class Handle:
         self.record = Record()
         self._means = defaultdict(KeyMeans)  # by layer
         self._steps = defaultdict(OrderedDict)  # by layer: cache -> [first frame, calls before]
+        self._chooser = Chooser()
         self._schedules = {}
         self._warned = set()
         self.shortest_query = None  # frames, of the calls with a cache
@@ -110,6 +112,11 @@ class Handle:
             raise ValueError(
                 f"dense_layers: expected layers of the {self.depth} patched ones, got {missing}"
             )
+        layers = config.budget and len(config.budget.shares)
+        if layers and self.depth and layers != self.depth:
+            raise ValueError(
+                f"budget: expected shares for {self.depth} layers, the patched ones, got {layers}"
+            )
         self.config = config
         self.reset()
 
@@ -147,6 +154,8 @@ class Handle:
             return visit
         visit.call = call
         visit.frame_tokens = call.frame_tokens or self.config.frame_tokens
+        if visit.frame_tokens is None and self.config.grid:
+            visit.frame_tokens = self.config.grid[0] * self.config.grid[1]
         if visit.frame_tokens is None:
             visit.reason = reasons.NO_GRID
             return visit
@@ -206,27 +215,16 @@ class Handle:
         return out
 
     def _sparse(self, visit, place, q, k, v):
-        config, layer, tokens = self.config, visit.hook.layer, place.frame_tokens
+        config, layer = self.config, visit.hook.layer
         timer = Timer(q) if config.timing else None
-        k_means = self._means[layer].pool(visit, k, tokens, self._mean_block, place.past)
-        blocks = ops.select_blocks(
-            q,
-            k,
-            frame_tokens=tokens,
-            sparsity=place.sparsity,
-            keep_frames=config.keep_frames,
-            sink_frames=config.sink_frames,
-            near_frames=config.near_frames,
-            score=config.score,
-            hierarchy=config.hierarchy,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            k_means=k_means,
-        )
+        (q, k, v), back = layout(config, visit, q, k, v)
+        blocks = self._choose(visit, place, q, k)
         if config.probe:
             out, lse = ops.block_sparse_attention(q, k, v, blocks, return_lse=True)
         else:
             out = ops.block_sparse_attention(q, k, v, blocks)
+        if back is not None:
+            out = back(out)
         if timer is not None:
             timer.stop()
         self.record.sparse(
@@ -240,6 +238,36 @@ class Handle:
             recall=self._recall(visit, q, k, v, lse) if config.probe else None,
         )
         return out
+
+    def _choose(self, visit, place, q, k):
+        """The list of a sparse call; sets the density where it is not the schedule's."""
+        config, means, block = self.config, self._means[visit.hook.layer], self._mean_block
+        found = self._chooser.shared(config, visit, q, k)
+        own = config.selector is not None or config.budget is not None
+        if found is not None or own:
+            means.skip(visit, k, place.frame_tokens, block, place.past)
+        if found is not None:
+            blocks, place.density = found
+            return blocks
+        if own:
+            blocks, place.density = self._chooser.select(config, visit, place, place.kept, q, k)
+        else:
+            blocks = ops.select_blocks(
+                q,
+                k,
+                frame_tokens=place.frame_tokens,
+                sparsity=place.sparsity,
+                keep_frames=config.keep_frames,
+                sink_frames=config.sink_frames,
+                near_frames=config.near_frames,
+                score=config.score,
+                hierarchy=config.hierarchy,
+                block_q=config.block_q,
+                block_k=config.block_k,
+                k_means=means.pool(visit, k, place.frame_tokens, block, place.past),
+            )
+        self._chooser.keep(config, visit, q, k, blocks, place.density)
+        return blocks
 
     def _place(self, visit, q, k):
         """Where the call is in the video, in whole frames; None if that is not known."""
@@ -311,12 +339,18 @@ class Handle:
             sparsity=place.sparsity,
             block_k=config.block_k,
             keep_frames=config.keep_frames,
-            hierarchy=config.hierarchy,
+            hierarchy=config.hierarchy and config.selector is None,
         )
         if kept >= blocks:
             return reasons.ALL_KEPT
-        place.density = kept / blocks
-        if config.hierarchy and config.keep_frames < min(keep_frames, place.past):
+        if needs_grid(config) and grid_of(config, visit) is None:
+            return reasons.NO_TILES
+        place.kept, place.density = kept, kept / blocks
+        if (
+            config.selector is None
+            and config.hierarchy
+            and config.keep_frames < min(keep_frames, place.past)
+        ):
             place.raised = keep_frames
         return None
 
@@ -444,6 +478,7 @@ class _Place:
     window: int | None
     pairs: int
     sparsity: float = 0.0
+    kept: int = 0  # key blocks of a row
     density: float = 1.0
     raised: int = 0  # keep_frames, where the budget forced it up
 

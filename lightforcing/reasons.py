@@ -25,6 +25,7 @@ PLANNED = frozenset(
 
 # Everything else is a reason that nobody asked for: warned of once, an error in strict mode.
 NO_GRID = "unknown frame size (no grid_sizes on the CPU, no frame_seqlen, no frame_tokens set)"
+NO_TILES = "unknown rows and columns of a frame, which the selector asks for (set grid)"
 NO_POSITION = "current_start that is not an integer"
 
 

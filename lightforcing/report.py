@@ -134,7 +134,7 @@ def plan(
             sparsity=sparsity,
             block_k=config.block_k,
             keep_frames=config.keep_frames,
-            hierarchy=config.hierarchy,
+            hierarchy=config.hierarchy and config.selector is None,
         )
         rows.append(
             {
@@ -248,9 +248,14 @@ def _settings(config):
     else:
         base = f" (base {config.base})" if config.base is not None else ""
         law = f"sparsity {config.sparsity:g}{base} by law {config.law}"
+    extras = [f"a list for {config.refresh} steps"] if config.refresh > 1 else []
+    extras += ["a budget by head"] if config.budget is not None else []
+    extras += [f"tokens as {config.layout}"] if config.layout is not None else []
+    if config.selector is not None:
+        return ", ".join([law, f"selector {config.selector.name}", *extras])
     frames = f"{config.keep_frames}/{config.sink_frames}/{config.near_frames}"
     stage = f"frames {frames} first" if config.hierarchy else "no frame stage"
-    return f"{law}, {config.score} scores, {stage}"
+    return ", ".join([law, f"{config.score} scores", stage, *extras])
 
 
 def _rows(handle, values):

@@ -49,7 +49,7 @@ class Cell:
             "calls": self.calls,
             "sparse_calls": self.sparse_calls,
             "sparsity": self.sparsity,
-            "density": self.kept_pairs / self.pairs if self.pairs else None,
+            "density": float(self.kept_pairs) / self.pairs if self.pairs else None,
             "dense": dict(self.dense),
             "recall": float(self.recall) / self.recalled if self.recalled else None,
             "recall_p5": float(self.recall_low) / self.recalled if self.recalled else None,

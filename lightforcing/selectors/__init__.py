@@ -24,7 +24,7 @@ from .vsa import Cubes
 for _factory in (Dense, Random, SlidingTile, Radial, Mean):
     register(_factory)
 register(Sparge, "sparge")
-register(partial(Sparge, "topp"), "sparge-topp")
+register(partial(Sparge, mode="topp"), "sparge-topp")
 register(partial(Sparge, similarity=0.6), "sparge-sim")
 register(Vmoba)
 register(Cubes, "vsa")
