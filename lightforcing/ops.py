@@ -173,7 +173,10 @@ def block_sparse_attention(
     """Exact softmax attention of every query block over the key blocks in its list.
 
     ``out[i] = sum_j softmax_j(scale <q_i, k_j>) v_j`` over the tokens j of the kept blocks; max,
-    sum and accumulation in float32. A row with an empty list is zeros, with LSE -inf.
+    sum and accumulation in float32. A row with an empty list is zeros, with LSE -inf. Logits past
+    float32 count as its largest numbers. On CUDA, where tensor cores add, a logit whose terms pass
+    that range with both signs (entries of q and k from about 1e18 on) may be NaN, which makes its
+    row of ``out`` and its LSE NaN and touches no other row.
 
     Args:
         q: ``[B, Lq, H, D]`` float32, float16 or bfloat16; D a multiple of 8 up to 256.
