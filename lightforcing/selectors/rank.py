@@ -48,13 +48,18 @@ def top(scores: Any, geometry: Geometry, model: Any = None) -> BlockList:
         geometry: its ``kept``, or ``kept_by_head``, says how many.
         model: the array whose kind the list gets; None leaves torch.
     """
-    order = ranking(scores)
-    counts = head_counts(geometry, scores.shape[1], scores.device)
-    if counts is None:
-        indices = order[..., : geometry.kept].sort(-1).values.int().contiguous()
-        return geometry.list(kind_of(indices, scores if model is None else model))
-    width = max(geometry.kept_by_head)
-    return first(order, counts[:, None].expand(scores.shape[:3]), geometry, model, width)
+    return take(ranking(scores), geometry, model)
+
+
+def take(order: Any, geometry: Geometry, model: Any = None) -> BlockList:
+    """The first blocks of each row of ``order`` [B, H, R, J], as many as the geometry says."""
+    model = order if model is None else model
+    counts = head_counts(geometry, order.shape[1], order.device)
+    if counts is not None:
+        counts = counts[:, None].expand(order.shape[:3])
+        return first(order, counts, geometry, model, max(geometry.kept_by_head))
+    indices = order[..., : geometry.kept].sort(-1).values.int().contiguous()
+    return geometry.list(kind_of(indices, model))
 
 
 def first(
@@ -62,7 +67,7 @@ def first(
 ) -> BlockList:
     """The first ``counts`` [B, H, R] blocks of each row of ``order`` [B, H, R, J].
 
-    ``width`` is the largest count; None asks the device for it.
+    ``width`` is the largest count; None asks the device for it, and waits.
     """
     import torch
 
@@ -223,35 +228,3 @@ def mean_scores(q: Any, k: Any, geometry: Geometry) -> Any:
     """``<mean of q rows, mean of k rows>`` of every pair of blocks: ``[B, H, R, J]``."""
     qm = block_means(q, geometry.block_q)
     return qm @ block_means(k, geometry.block_k, geometry.frame_tokens).mT
-
-
-def by_group(group_scores: Any, block_scores: Any, groups: Any) -> tuple[Any, Any]:
-    """Blocks of the best group first, within a group by their own score.
-
-    Args:
-        group_scores: ``[B, H, R, M]``.
-        block_scores: ``[B, H, R, J]``.
-        groups: int64 ``[J]``, the group of each block.
-
-    Returns:
-        Blocks from best to worst, ``[B, H, R, J]``; and the rank of each group, ``[B, H, R, M]``.
-    """
-    import torch
-
-    order = ranking(group_scores)
-    rank = torch.empty_like(order)
-    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    blocks = ranking(block_scores)
-    outer = rank.gather(-1, groups[blocks]).sort(dim=-1, stable=True).indices
-    return blocks.gather(-1, outer), rank
-
-
-def group_means(k_means: Any, geometry: Geometry, groups: Any) -> Any:
-    """Token-weighted means of groups of blocks: ``[B, H, J, D] -> [B, H, M, D]``."""
-    import torch
-
-    sizes = torch.full((geometry.per_frame,), float(geometry.block_k))
-    sizes[-1] = geometry.frame_tokens - geometry.block_k * (geometry.per_frame - 1)
-    weights = torch.zeros(int(groups.max()) + 1, geometry.blocks)
-    weights[groups.cpu(), torch.arange(geometry.blocks)] = sizes.repeat(geometry.k_frames)
-    return (weights / weights.sum(1, keepdim=True)).to(k_means.device) @ k_means

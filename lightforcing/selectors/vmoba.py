@@ -1,14 +1,14 @@
 """VMoBA (arXiv 2506.23858): blocks of frames, of places and of cubes, layer by layer in turn."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 
-from .rank import Scored, as_torch, block_means, by_group, first, group_means, head_counts
+from .groups import KINDS, by_group, grouping, groups_of
+from .rank import Scored, as_torch, block_means, first, take
 from .tiles import touched
-
-KINDS = ("temporal", "spatial", "cube")
 
 
 @dataclass(frozen=True)
@@ -48,38 +48,37 @@ class Vmoba(Scored):
         """Only top-k keeps the schedule's count."""
         return self.mode == "topk"
 
-    def groups(self, geometry):
-        """int64 ``[J]``: the macro-block of every key block in this layer."""
-        frame, place = geometry.block_frames, np.arange(geometry.blocks) % geometry.per_frame
-        kind = KINDS[geometry.layer % len(KINDS)]
-        if kind == "temporal":
-            return frame // self.frames[0]
-        return place if kind == "spatial" else frame // self.frames[1] * geometry.per_frame + place
-
     def select(self, q, k, geometry):
         """See :class:`lightforcing.selectors.Selector`."""
         import torch
 
         tq, tk = as_torch(q), as_torch(k)
+        kind = KINDS[geometry.layer % len(KINDS)]
+        frames = self.frames[1] if kind == "cube" else self.frames[0]
+        groups, weights = grouping(geometry.static(), kind, frames, tq.device)
+        mine = _own(geometry.static(), kind, frames, tq.device)
         qm = block_means(tq, geometry.block_q)
         km = block_means(tk, geometry.block_k, geometry.frame_tokens)
-        groups = torch.from_numpy(self.groups(geometry)).to(tq.device)
-        scores = qm @ group_means(km, geometry, groups).mT
+        scores = qm @ (weights @ km).mT
         low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
         scores = (scores - low) / (high - low).clamp_min(1e-12)
-        own = np.zeros((geometry.rows, scores.shape[-1]), bool)
-        last = self.groups(geometry)[geometry.past * geometry.per_frame :]
-        for row, blocks in enumerate(touched(geometry)):
-            own[row, last[blocks]] = True
-        mine = torch.from_numpy(own).to(tq.device)
         order, rank = by_group(torch.where(mine, scores + 2, scores), qm @ km.mT, groups)
         if self.mode == "topk":
-            counts = head_counts(geometry, tq.shape[2], tq.device)
-            if counts is None:
-                counts = torch.full((tq.shape[2],), geometry.kept, device=tq.device)
-            counts = counts[:, None].expand(order.shape[:3])
-        else:
-            sums = torch.zeros_like(scores).scatter_(-1, rank, scores).cumsum(-1)
-            short = (sums < self.threshold * sums[..., -1:]).sum(-1) + 1
-            counts = (rank[..., groups] < short[..., None]).sum(-1)
+            return take(order, geometry, q)
+        sums = torch.zeros_like(scores).scatter_(-1, rank, scores).cumsum(-1)
+        macros = (sums < self.threshold * sums[..., -1:]).sum(-1) + 1
+        counts = (rank[..., groups] < macros[..., None]).sum(-1)
         return first(order, counts, geometry, q)
+
+
+@lru_cache(maxsize=64)
+def _own(geometry, kind, frames, device):
+    """Bool ``[R, M]``: the macro-blocks that each query block lies in."""
+    import torch
+
+    groups = groups_of(geometry, kind, frames)
+    last = groups[geometry.past * geometry.per_frame :]
+    own = np.zeros((geometry.rows, groups.max() + 1), bool)
+    for row, blocks in enumerate(touched(geometry)):
+        own[row, last[blocks]] = True
+    return torch.from_numpy(own).to(device)

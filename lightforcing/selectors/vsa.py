@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from .rank import Scored, as_torch, block_means, by_group, first, group_means
+from .groups import by_group, grouping
+from .rank import Scored, as_torch, block_means, mean_scores, take
 
 
 @dataclass(frozen=True)
@@ -36,29 +35,15 @@ class Cubes(Scored):
 
     def scores(self, q, k, geometry):
         """Pooled products, block by block."""
-        return self._products(q, k, geometry)[0]
+        return mean_scores(q, k, geometry)
 
     def select(self, q, k, geometry):
         """See :class:`lightforcing.selectors.Selector`."""
-        import torch
-
-        from .rank import head_counts
-
         if self.frames == 1:
             return super().select(q, k, geometry)
-        scores, qm, km = self._products(as_torch(q), as_torch(k), geometry)
-        groups = torch.from_numpy(
-            geometry.block_frames // self.frames * geometry.per_frame
-            + np.arange(geometry.blocks) % geometry.per_frame
-        ).to(scores.device)
-        order, _ = by_group(qm @ group_means(km, geometry, groups).mT, scores, groups)
-        counts = head_counts(geometry, scores.shape[1], scores.device)
-        if counts is None:
-            counts = torch.tensor([geometry.kept] * scores.shape[1], device=scores.device)
-        counts = counts[:, None].expand(scores.shape[:3])
-        return first(order, counts, geometry, q)
-
-    def _products(self, q, k, geometry):
-        qm = block_means(q, geometry.block_q)
-        km = block_means(k, geometry.block_k, geometry.frame_tokens)
-        return qm @ km.mT, qm, km
+        tq, tk = as_torch(q), as_torch(k)
+        groups, weights = grouping(geometry.static(), "cube", self.frames, tq.device)
+        qm = block_means(tq, geometry.block_q)
+        km = block_means(tk, geometry.block_k, geometry.frame_tokens)
+        order, _ = by_group(qm @ (weights @ km).mT, qm @ km.mT, groups)
+        return take(order, geometry, q)
