@@ -63,11 +63,11 @@ class Layout:
 
         return attend
 
-    def block_mask(self, frame_tokens: int):
-        """The same as a block mask of flex-attention."""
+    def block_mask(self, frame_tokens: int, sees: torch.Tensor | None = None):
+        """The same as a block mask of flex-attention, whose rule reads ``sees``, a copy of ours."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        sees, size = self.sees, CHUNK * frame_tokens
+        sees, size = self.sees if sees is None else sees, CHUNK * frame_tokens
         length = size * len(self)
         return create_block_mask(
             lambda b, h, q, k: sees[q // size, k // size],

@@ -112,7 +112,7 @@ class Trainer:
         self.draw = torch.Generator(self.device).manual_seed(1000 + seed)
         # stage, its steps, its seconds, all seconds, clips made, steps of all stages
         self.at = dict(stage=0, step=0, seconds=0.0, wall=0.0, clips=0, total=0)
-        self.layouts, self.attends, self.masks = {}, {}, {}
+        self.layouts, self.attends, self.masked = {}, {}, {}
         self.plain = not self.gpu  # no compiler, no flex-attention
         self.blocks = None
         self._optimisers()
@@ -206,31 +206,32 @@ class Trainer:
         return self.layouts[key]
 
     def _attend(self, view, short):
-        """Attention under the layout's mask; on a GPU one compiled function for each view."""
+        """Attention under the layout's mask; on a GPU one function to compile for each view."""
         layout, tokens = self._layout(view, short), (view // 4) ** 2
         if self.plain:
             return layout.split(tokens)
-        if (view, short) not in self.masks:
-            self.masks[view, short] = layout.block_mask(tokens)
         if view not in self.attends:
             from torch.nn.attention.flex_attention import flex_attention
 
-            current = copy.copy(self.masks[view, short])
-            for name in TABLES:
-                table = getattr(current, name)
-                setattr(current, name, None if table is None else table.clone())
+            sees = layout.sees.clone()
+            current = layout.block_mask(tokens, sees)
 
             def attend(q, k, v):
                 q, k, v = (x.transpose(1, 2) for x in (q, k, v))
                 return flex_attention(q, k, v, block_mask=current).transpose(1, 2)
 
-            self.attends[view] = attend, current
-        attend, current = self.attends[view]
-        # Another layout of the same length: new tables in the old tensors, nothing recompiles.
-        for name in TABLES:
-            table = getattr(current, name)
-            if table is not None:
-                table.copy_(getattr(self.masks[view, short], name))
+            self.attends[view] = attend, current, sees
+            self.masked[view] = layout
+        attend, current, sees = self.attends[view]
+        if self.masked[view] is not layout:
+            # Another layout of the same length: new tables in the old tensors, so that what is
+            # compiled stays.
+            fresh = layout.block_mask(tokens)
+            for name in TABLES:
+                if getattr(current, name) is not None:
+                    getattr(current, name).copy_(getattr(fresh, name))
+            sees.copy_(layout.sees)
+            self.masked[view] = layout
         return attend
 
     def _compiled(self):
