@@ -51,7 +51,8 @@ class Radial(Static):
         parts, distance, length, skipped, sink = self._bands(geometry)
         need = self._needs(geometry, parts)  # [pieces, blocks of a frame]
         per_frame = geometry.per_frame
-        cost = need[:, None, :] / length[:, :, None] + np.where(skipped, LATE, 0)[:, :, None]
+        late = np.where(skipped, LATE, 0) + 1e-6 * distance  # of equals the nearer frame
+        cost = need[:, None, :] / length[:, :, None] + late[:, :, None]
         always = np.broadcast_to((distance == 0) | sink, distance.shape)[:, :, None] | (
             (distance == 1)[:, :, None] & (need[:, None, :] <= geometry.frame_tokens // 2)
         )
@@ -62,7 +63,8 @@ class Radial(Static):
         first = np.flatnonzero(np.diff(row, prepend=-1))
         cost = np.minimum.reduceat(cost, first)
         always = np.logical_or.reduceat(always, first)
-        fits = always.sum(1, keepdims=True) <= geometry.kept
+        kept = geometry.kept if geometry.kept_by_head is None else geometry.kept_by_head
+        fits = always.sum(1, keepdims=True) <= np.reshape(kept, (-1, 1, 1))  # [H or 1, R, 1]
         return np.where(always & fits, cost - 2 * LATE, cost)
 
     def own(self, geometry):
