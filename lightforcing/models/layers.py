@@ -86,6 +86,7 @@ class CausalSelfAttention(_Attention):
         # Named and counted as in the AR code bases: frames, -1 for no window.
         self.local_attn_size = -1 if config.window_frames is None else config.window_frames
         self.sink_size = config.sink_frames
+        self.token_order = config.token_order  # which tokens a patch takes for a tile
 
     def forward(
         self,
