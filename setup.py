@@ -5,7 +5,7 @@ No torch is imported. Environment:
     LIGHTFORCING_CUDA_ARCHS      chips to embed, such as "80 90a" (default: ARCHS below)
     LIGHTFORCING_SANITIZE=1      AddressSanitizer and UndefinedBehaviorSanitizer in the C half
     LIGHTFORCING_LINEINFO=1      line numbers in the CUDA code, for profilers; twice the size
-    LIGHTFORCING_FUZZ=1          random pauses at every hand-over between warps, for tests only
+    LIGHTFORCING_FUZZ=1          random pauses where attention's warps hand over, for tests only
     LIGHTFORCING_WERROR=1        compiler warnings are errors
     MAX_JOBS                     compilers at once (default: the processors of this machine)
 """
@@ -123,7 +123,7 @@ def nvcc_flags(source, archs, release):
     flags += ["--compress-mode=size"] if release >= 13 else ["-Xfatbin", "-compress-all"]
     if asked("LIGHTFORCING_LINEINFO"):
         flags.append("-lineinfo")
-    if asked("LIGHTFORCING_FUZZ"):
+    if asked("LIGHTFORCING_FUZZ") and "attend" in source:
         flags.append("-DLF_FUZZ=1")
     if source.endswith("_sm90.cu"):
         chips = [a for a in archs if a == "90a"] or ["90a"]
