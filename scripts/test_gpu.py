@@ -1,16 +1,24 @@
 """Runs every GPU test, then the same kernels under compute-sanitizer, and keeps the raw logs.
 
-    python scripts/test_gpu.py [--only tests,memcheck,racecheck,cpu] [--out FOLDER] [--limit S]
+    python scripts/test_gpu.py [--only tests,fuzz,memcheck,racecheck,synccheck,cpu]
+                               [--out FOLDER] [--limit S]
 
 tests      every tests/test_gpu_*.py; those of attention run the portable and the Hopper kernel
+fuzz       attention with random pauses wherever warps hand over, built here, bit for bit against
+           the ordinary build
 memcheck   the operator tests under memcheck, without torch's caching allocator, so that each
-           tensor is an allocation of its own; first four planted faults, which must be reported
+           tensor is an allocation of its own; first planted faults, which must be reported
 racecheck  small cases of every kernel under racecheck
+synccheck  small cases of attention under synccheck
 cpu        the operators' CPU tests, on every instruction set that this processor has
 
-Raw logs and summary.txt and summary.json go to benchmarks/results/gpu-<card>, or to FOLDER. The
-exit status is 1 if a test failed, a sanitizer reported anything, a part ran out of time (--limit,
-280 s each) or passed no test at all. A skipped test is counted as skipped, never as passed.
+memcheck does not see what bulk copies (TMA) read: one more planted fault shows that, and
+tests/test_gpu_attend_inputs.py covers it with guarded memory.
+
+The tests run alone, everything else side by side. summary.txt, summary.json and the raw logs,
+packed, go to benchmarks/results/gpu-<card>, or to FOLDER. The exit status is 1 if a test failed, a
+sanitizer reported anything, a part ran out of time (--limit, 280 s each) or passed no test at all.
+A skipped test is counted as skipped, never as passed.
 """
 
 from __future__ import annotations
@@ -23,6 +31,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 import xml.etree.ElementTree as xml
 from collections import Counter
@@ -31,49 +41,72 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("tests", "memcheck", "racecheck", "cpu")
+PARTS = ("tests", "fuzz", "memcheck", "racecheck", "synccheck", "cpu")
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 REPORTED = 86  # exit status by which compute-sanitizer says that it reported something
 
 CPU_TESTS = [f"tests/test_{name}.py" for name in ("compress", "select", "attend", "blocks", "cag")]
 
-# What runs under memcheck, a process each: a name, a regular expression of test ids.
-MEMCHECK = {
-    "attend portable": r"test_gpu_attend\.py::.*portable",
-    "attend sm90": r"test_gpu_attend\.py::.*sm90",
-    "select frames": r"test_gpu_select\.py::test_(frame_sizes|block_sizes|budgets)",
-    "select others": r"test_gpu_select\.py::(?!test_(frame_sizes|block_sizes|budgets))",
-    "compress": r"test_gpu_compress\.py::",
-    # Capture and flat memory need the caching allocator; the compiler's own kernels are not ours.
-    "torch": r"test_gpu_torch\.py::(?!.*(graph|memory|compiled|opcheck))",
+# What runs under each tool, a process each: a name, a regular expression of test ids. "attend X"
+# takes only the tests of kernel X.
+ATTEND_SMALL = (
+    r"test_gpu_attend\.py::test_(lists_of_every_length\[.*(60-7|78-6|880-3).*bfloat16"
+    r"|dense_of_any_length\[.*(1-500|300-1000|257-64).*bfloat16"
+    r"|whole_waves_and_halves\[.*-[15]\])"
+)
+TABLES = {
+    "memcheck": {
+        "attend portable": r"test_gpu_attend\.py::",
+        "attend sm90": r"test_gpu_attend\.py::",
+        "inputs portable": r"test_gpu_attend_inputs\.py::",
+        "inputs sm90": r"test_gpu_attend_inputs\.py::",
+        "block sizes": r"test_gpu_attend_inputs\.py::test_(every_block_size|dense_with_heads)",
+        "select frames": r"test_gpu_select\.py::test_(frame_sizes|block_sizes|budgets)",
+        "select others": r"test_gpu_select\.py::(?!test_(frame_sizes|block_sizes|budgets))",
+        "compress": r"test_gpu_compress\.py::",
+        # Capture and flat memory need the caching allocator; the compiler's kernels are not ours.
+        "torch": r"test_gpu_torch\.py::(?!.*(graph|memory|compiled|opcheck))",
+    },
+    "racecheck": {
+        "attend portable": ATTEND_SMALL,
+        "attend sm90": ATTEND_SMALL,
+        "compress": r"test_gpu_compress\.py::test_bits_of_the_cpu\[(37|60|78)-.*(bfloat16|float32)",
+        "select": r"test_gpu_select\.py::test_(frame_sizes\[.*(-|\[)(60|78)(-|\])"
+        r"|a_nan_key_ranks_last|given_means_give_the_same_bits)",
+    },
+    "synccheck": {
+        "attend portable": ATTEND_SMALL,
+        "attend sm90": ATTEND_SMALL,
+    },
 }
-RACECHECK = {
-    "attend portable": r"test_gpu_attend\.py::test_(lists_of_every_length\[.*(60-7|78-6).*bfloat16"
-    r"|dense_of_any_length\[.*(1-500|300-1000|257-64).*bfloat16).*",
-    "compress": r"test_gpu_compress\.py::test_bits_of_the_cpu\[(37|60|78)-.*(bfloat16|float32)",
-    "select": r"test_gpu_select\.py::test_(frame_sizes\[.*(-|\[)(60|78)(-|\])"
-    r"|a_nan_key_ranks_last|given_means_give_the_same_bits)",
-}
-RACECHECK["attend sm90"] = RACECHECK["attend portable"]
 
-# An operator on a tensor whose memory was cut behind its back: memcheck must see it.
+# An operator on a tensor whose memory was cut behind its back: memcheck must see it. So large that
+# what lies behind the cut tensor cannot all be other allocations.
 PLANTED = """
 import sys, torch, lightforcing as lf
 from lightforcing import _core
 options = dict(dtype=torch.bfloat16, device="cuda")
-q, k, v = (torch.zeros(1, n, 2, 128, **options) for n in (256, 1024, 1024))
-out = torch.zeros_like(q)
-cut = out if "attend" in sys.argv[1] else k
+what, kernel = (sys.argv[1].split() + ["auto"])[:2]
+q, k, v = (torch.zeros(1, n, 2, 128, **options) for n in (8192, 8192, 8192))
+out, blocks = torch.zeros_like(q), None
+if what == "lists":
+    indices = torch.zeros(1, 2, 64, 1024, dtype=torch.int32, device="cuda")
+    counts = torch.full((1, 2, 64), 1024, dtype=torch.int32, device="cuda")
+    blocks = lf.BlockList(indices, counts, 8192, 8192, 128, 128, 64)
+cut = {"out": out, "lists": blocks and indices}.get(what, k)
 cut.untyped_storage().resize_(4096)
 torch.cuda.synchronize()
-if sys.argv[1] == "compress":
+if what == "compress":
     lf.compress(k, 64)
-elif sys.argv[1] == "select":
-    lf.select_blocks(q, k, frame_tokens=128, sparsity=0.5)
+elif what == "select":
+    lf.select_blocks(q[:, :256], k, frame_tokens=128, sparsity=0.5)
 else:
-    _core.force_kernel(sys.argv[1].split()[1])
-    lf.block_sparse_attention(q, k, v, out=out)
+    _core.force_kernel(kernel)
+    lf.block_sparse_attention(q, k, v, blocks, out=out)
 torch.cuda.synchronize()
 """
+PLANTS = ("compress", "select", "out portable", "lists portable", "out sm90", "lists sm90")
+UNSEEN = "keys sm90"  # read by bulk copies alone
 
 
 @dataclass
@@ -88,6 +121,7 @@ class Run:
     seconds: float = 0.0
     reports: int | None = None  # of the sanitizer; None: it did not run
     planted: bool = False  # a fault that must be reported
+    unseen: bool = False  # a planted fault that the tool is known not to see
     status: int | None = None  # exit status; None: out of time
     log: str = ""
     skips: dict[str, int] = field(default_factory=dict)
@@ -95,6 +129,8 @@ class Run:
     @property
     def good(self):
         """Did it show what it is there to show?"""
+        if self.unseen:
+            return self.status is not None
         if self.planted:
             return bool(self.reports)
         return self.status == 0 and self.failed == 0 and self.passed > 0 and not self.reports
@@ -104,6 +140,7 @@ class Run:
         text = f"{self.part:<10} {self.name:<18} "
         if self.planted:
             text += f"planted fault, {self.reports} reports"
+            text += " (guarded memory in the tests stands in)" if self.unseen else ""
         else:
             text += f"{self.passed:>5} passed {self.failed:>4} failed {self.skipped:>4} skipped"
             text += "" if self.reports is None else f" {self.reports:>3} reports"
@@ -165,6 +202,8 @@ def sanitizer(tool):
     command += ["--target-processes", "application-only"]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]
+    elif tool == "racecheck":
+        command += ["--racecheck-report", "all"]
     for name in kernels():
         command += ["--kernel-name", f"kns={name}"]
     return command
@@ -220,7 +259,7 @@ def execute(run, command, out, limit, environment=None):
             text += f"\nkilled after {limit} s\n"
     run.seconds = time.monotonic() - began
     counts(result, run)
-    if run.part in ("memcheck", "racecheck"):
+    if run.part in SANITIZERS:
         run.reports = reports(text)
         if run.status == REPORTED and not run.reports:
             run.reports = 1
@@ -252,7 +291,9 @@ def collected():
 
 
 def gpu_tests():
-    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").glob("test_gpu_*.py"))
+    """The files of tests; those with pauses need their own binary."""
+    found = (ROOT / "tests").glob("test_gpu_*.py")
+    return sorted(p.relative_to(ROOT).as_posix() for p in found if p.name != "test_gpu_fuzz.py")
 
 
 def pytest(*arguments):
@@ -261,46 +302,77 @@ def pytest(*arguments):
     return [sys.executable, "-m", "pytest", *plain, *arguments]
 
 
-def under_sanitizer(tool, table, ids, out, limit):
-    """One process for each entry of the table, all at once: the GPU is shared, cores are many."""
+def sanitizer_jobs(tool, ids, hopper):
+    """Of one tool: runs, commands and environment."""
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
     front, jobs = sanitizer(tool), []
-    for name, pattern in table.items():
-        chosen = [i for i in ids if re.search(pattern, i)]
-        if name.startswith("attend "):
-            chosen = [i for i in chosen if name.split()[1] in i]
-        jobs.append((Run(tool, name), [*front, *pytest(*chosen)] if chosen else None))
+    for name, pattern in TABLES[tool].items():
+        kernel = name.split()[1] if name.endswith((" sm90", " portable")) else ""
+        chosen = [i for i in ids if re.search(pattern, i) and kernel in i]
+        jobs.append((Run(tool, name), [*front, *pytest(*chosen)]))
     if tool == "memcheck":
-        for name in ("compress", "select", "attend portable", "attend sm90"):
-            command = [*front, sys.executable, "-c", PLANTED, name]
-            jobs.insert(0, (Run(tool, f"planted {name}", planted=True), command))
-    runs = [run for run, _ in jobs]
-    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
-        waiting = [
-            pool.submit(execute, run, command, out, limit, environment)
-            for run, command in jobs
-            if command is not None
-        ]
-        for job in waiting:
-            job.result()
+        for name in (*PLANTS, UNSEEN):
+            run = Run(tool, f"planted {name}", planted=True, unseen=name == UNSEEN)
+            jobs.append((run, [*front, sys.executable, "-c", PLANTED, name]))
+    return [(*job, environment) for job in jobs if hopper or "sm90" not in job[0].name]
+
+
+def fuzz_jobs(folder, archs):
+    """Build a copy of the tree with pauses; its binary goes to the tests by an environment name."""
+    tree = Path(folder) / "tree"
+    left_out = shutil.ignore_patterns(".git", ".venv", ".gpu", "dist", "lib*", "*.so", "*.pyc")
+    for name in ("csrc", "lightforcing", "build", "setup.py", "pyproject.toml", "README.md"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=left_out)
+        elif source.exists():
+            shutil.copy2(source, tree / name)
+    build = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    done = subprocess.run(
+        build,
+        cwd=tree,
+        env={**os.environ, "LIGHTFORCING_FUZZ": "1", "LIGHTFORCING_CUDA_ARCHS": " ".join(archs)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    binaries = [str(p) for p in (tree / "lightforcing").glob("_core*.so")]
+    if done.returncode or not binaries:
+        raise SystemExit(f"the build with pauses failed:\n{done.stdout[-4000:]}")
+    environment = {"LIGHTFORCING_FUZZ_BINARY": binaries[0]}
+    return [(Run("fuzz", "pauses"), pytest("tests/test_gpu_fuzz.py"), environment)]
+
+
+def run_parts(parts, out, limit, machine):
+    """All runs of the chosen parts: the tests alone, then the others at once."""
+    runs, jobs, hopper = [], [], machine.get("chip") == [9, 0]
+    with tempfile.TemporaryDirectory(prefix="lightforcing-fuzz-") as folder:
+        if "tests" in parts:
+            runs.append(execute(Run("tests", "all"), pytest(*gpu_tests()), out, limit))
+        if "fuzz" in parts:
+            jobs += fuzz_jobs(folder, machine["embedded"])
+        if set(parts) & set(SANITIZERS):
+            ids = collected()
+            for tool in SANITIZERS:
+                jobs += sanitizer_jobs(tool, ids, hopper) if tool in parts else []
+        if "cpu" in parts:
+            quiet = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "4"}
+            jobs.append((Run("cpu", "operators"), pytest(*CPU_TESTS), quiet))
+        # The GPU is shared and cores are many; each run is one busy core.
+        with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) * 3 // 4)) as pool:
+            waiting = [pool.submit(execute, r, c, out, limit, e) for r, c, e in jobs]
+            runs += [job.result() for job in waiting]
     return runs
 
 
-def run_parts(parts, out, limit, hopper):
-    """All runs of the chosen parts."""
-    runs = []
-    if "tests" in parts:
-        runs.append(execute(Run("tests", "all"), pytest(*gpu_tests()), out, limit))
-    if "memcheck" in parts or "racecheck" in parts:
-        ids = collected()
-        for tool, table in (("memcheck", MEMCHECK), ("racecheck", RACECHECK)):
-            if tool in parts:
-                found = under_sanitizer(tool, table, ids, out, limit)
-                runs += [r for r in found if hopper or "sm90" not in r.name]
-    if "cpu" in parts:
-        environment = {"OMP_WAIT_POLICY": "passive"}
-        runs.append(execute(Run("cpu", "operators"), pytest(*CPU_TESTS), out, limit, environment))
-    return runs
+def pack(out):
+    """The raw logs as one file."""
+    logs = sorted(out.glob("*.log"))
+    with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
+        for log in logs:
+            archive.add(log, log.name)
+    for log in logs:
+        log.unlink()
 
 
 def summary(machine, runs):
@@ -340,12 +412,12 @@ def main(argv=None):
     card = card.removeprefix("nvidia-").strip("-")
     out = options.out or ROOT / "benchmarks" / "results" / f"gpu-{card}"
     out.mkdir(parents=True, exist_ok=True)
-    hopper = machine.get("chip") == [9, 0]
-    runs = run_parts(parts, out.resolve(), options.limit, hopper)
+    runs = run_parts(parts, out.resolve(), options.limit, machine)
     text = summary(machine, runs)
     (out / "summary.txt").write_text(text)
     record = {"machine": machine, "runs": [asdict(r) | {"good": r.good} for r in runs]}
     (out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+    pack(out)
     print(text, end="")
     return int(not runs or any(not r.good for r in runs))
 
