@@ -250,7 +250,7 @@ class _Scene:
         stripe = (0.5 + 0.5 * (3 * stripe).tanh())[:, :, None]
         dark, light = (1.8 * draw.uniform(2, 1, 3, 1, 1) - 0.9).unbind(1)
         ink = dark * stripe + light * (1 - stripe)
-        return torch.lerp(video, ink, alpha[:, :, None]), alpha > 0.05
+        return torch.lerp(video, ink, alpha[:, :, None]), alpha > 0
 
     def pillar(self, draw, video):
         """Paints a striped bar left or right of where the sprites start; where it is."""
