@@ -19,9 +19,9 @@ class Sparge(Scored):
         similarity: -0.1 (nothing is incompressible) is the source's for top-k, 0.6 for top-p.
         mass: of top-p; the source's is 0.98. None is the value at which the rows of a video keep
             the schedule's count on average (each row at least one).
-        fit: blocks that are not compressible take slots of the budget first, the least similar
-            first, and query blocks that are not get no more than others; False adds them on top,
-            as published.
+        fit: blocks that are not compressible take slots of the budget, at most half of a row's,
+            the least similar first (a lower threshold for heads with more), and query blocks that
+            are not get no more than others; False adds them on top, as published.
         sink: key block 0 is attended by everybody.
     """
 
@@ -51,9 +51,13 @@ class Sparge(Scored):
         rule = "top-k" if self.mode == "topk" else "top-p"
         if self.mode == "topp" and self.mass is None:
             rule += " at the schedule's mean density"
+        test = "no similarity test"
+        if self.similarity >= 0:
+            test = f"one similarity threshold ({self.similarity:g}) for all heads"
+            test += ", lowered where it forces more than half of a row" * self.fit
         return (
-            f"Stage 1 only, {rule}, one similarity threshold ({self.similarity:g}) for all heads "
-            "instead of a tuned one each; no skipping inside the kernel, no quantisation."
+            f"Stage 1 only, {rule}, {test} (the source tunes one per head); no skipping inside the "
+            "kernel, no quantisation."
         )
 
     @property
@@ -75,6 +79,8 @@ class Sparge(Scored):
         if self.similarity >= 0:  # a mean of cosines over all pairs is never negative
             alike = _similarity(k - centre, geometry.block_k, tokens)[:, :, None]
             forced = torch.where(alike > self.similarity, 0.0, 3.0 - alike)
+            if self.fit:
+                forced = _most(forced, geometry)
             logits = logits.masked_fill(forced > 0, -torch.inf)
         # A row of forced blocks only has no softmax.
         scores = logits.softmax(-1).nan_to_num(0.0)
@@ -92,8 +98,9 @@ class Sparge(Scored):
             return top(scores, geometry, q)
         order = ranking(scores)
         forced = (scores > 1).sum(-1)
-        p = scores.gather(-1, order).masked_fill(scores.gather(-1, order) > 1, 0.0)
-        before = (p.cumsum(-1) - p).double()  # mass of what ranks higher
+        p = scores.gather(-1, order).double()
+        p = p.masked_fill(p > 1, 0.0)
+        before = p.cumsum(-1) - p  # mass of what ranks higher; in float32 all of a tail is at 1
         place = torch.arange(p.shape[-1], device=p.device)
         before = before.masked_fill(place < forced[..., None], -1)
         by_head = head_counts(geometry, p.shape[1], p.device)
@@ -108,6 +115,18 @@ class Sparge(Scored):
             alike = _similarity(tq, geometry.block_q, None) > self.similarity
             counts = torch.where(alike, counts, geometry.blocks)
         return first(order, counts.clamp(1, geometry.blocks), geometry, q)
+
+
+def _most(forced, geometry):
+    """The highest of ``forced`` [B, H, 1, J], for half of a row's slots; the others 0."""
+    import torch
+
+    order = ranking(forced)
+    slots = head_counts(geometry, forced.shape[1], forced.device)
+    slots = geometry.kept // 2 if slots is None else (slots // 2)[:, None, None]
+    place = torch.arange(forced.shape[3], device=forced.device)
+    first = (place < slots).expand(forced.shape)
+    return forced * torch.zeros_like(first).scatter(-1, order, first)
 
 
 def _pooled(before, total):
