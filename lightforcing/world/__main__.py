@@ -15,7 +15,7 @@ from ..models import load_wan
 from . import evaluate, render, weights
 from .data import clips
 from .model import MODELS, weights_of
-from .train import RECIPES, Trainer, shortened
+from .train import RECIPES, Trainer, shortened, trained
 
 
 def train(options) -> int:
@@ -73,12 +73,11 @@ def gates(options) -> int:
 
 
 def export(options) -> int:
-    """Write the weights of a finished run in 8 bits, examine that file, and write its card."""
+    """Write the weights of a run in 8 bits, examine that file, and write its card."""
     folder = Path(options.folder)
-    model = load_wan(folder / "ema.safetensors")
+    model, at = trained(folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     runs = [line for line in log if line.get("event") in ("start", "resume")]
-    end = next(line for line in reversed(log) if line.get("event") == "trained")
     first = runs[0]
     facts = {
         "model": {"name": first["model"], "weights": weights_of(model)},
@@ -88,9 +87,10 @@ def export(options) -> int:
             "device": " and ".join(dict.fromkeys(run["device"] for run in runs)),
             "torch": first["torch"],
             "runs": len(runs),
-            "wall": end["at"]["wall"],
-            "steps": end["at"]["total"],
-            "clips": end["at"]["clips"],
+            "finished": at["stage"] == len(first["recipe"]),
+            "wall": at["wall"],
+            "steps": at["total"],
+            "clips": at["clips"],
             "seed": first["seed"],
             "recipe": first["recipe"],
         },
@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", help="file for all figures")
     sizes(command)
     command = add("export", export)
-    command.add_argument("--folder", default="world", help="of a finished run")
+    command.add_argument("--folder", default="world", help="of the run")
     command.add_argument("--out", help="folder; else the package's own")
     sizes(command)
     command = add("render", pictures)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ..models import CausalWan, save_wan
+from ..models import CausalWan, load_wan, save_wan
 from . import checkpoint
 from .data import CHUNK, clips
 from .layout import Layout
@@ -343,6 +343,7 @@ class Trainer:
         bar.close()
         save_wan(self.ema, self.folder / "ema.safetensors")
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else 0.0
+        self.save()
         self.log(event="trained", at=dict(self.at), memory_gb=memory)
         return True
 
@@ -402,8 +403,19 @@ def shortened(recipe: tuple[Stage, ...], seconds: list[float]) -> tuple[Stage, .
     return tuple(replace(s, seconds=t) for s, t in zip(recipe, seconds, strict=True))
 
 
-def trained(folder: str | os.PathLike, device: torch.device | str = "cpu") -> CausalWan:
-    """The averaged weights that a finished run left."""
-    from ..models import load_wan
+def trained(folder: str | os.PathLike) -> tuple[CausalWan, dict]:
+    """The averaged weights of a run on the CPU, and its counters: finished, or as last saved.
 
-    return load_wan(Path(folder) / "ema.safetensors", device=device)
+    Raises:
+        FileNotFoundError: there is no run in the folder.
+    """
+    folder = Path(folder)
+    state = checkpoint.load(folder / "checkpoint.pt")
+    if state is None:
+        raise FileNotFoundError(f"folder: no checkpoint in {folder}")
+    if (folder / "ema.safetensors").exists():  # not rounded to bfloat16
+        return load_wan(folder / "ema.safetensors"), state["at"]
+    with (folder / "log.jsonl").open() as file:
+        model = new_model(json.loads(file.readline())["model"])
+    model.load_state_dict(state["ema"])
+    return model, state["at"]

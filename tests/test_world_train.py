@@ -1,0 +1,224 @@
+"""Training in cut runs, checkpoints that survive, weights that ship."""
+
+import json
+import math
+
+import pytest
+import torch
+from small_wan import one_thread  # noqa: F401
+
+from lightforcing import world
+from lightforcing.world import __main__ as command
+from lightforcing.world import checkpoint, train, weights
+from lightforcing.world.model import new_model
+from lightforcing.world.muon import Muon, orthogonal
+from lightforcing.world.train import RECIPES, Stage, Trainer, shortened, trained
+
+FOREVER = 1e9
+SHORT = (
+    Stage(32, FOREVER, 1, steps=4, short=0.5, ema=0.5),
+    Stage(64, FOREVER, 1, steps=2, mixed=2, ema=0.5),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, cut once on the way; its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    first = Trainer(folder, model="tiny", recipe=SHORT, seed=4)
+    for _ in range(3):
+        first.step()
+    assert not first.run(seconds=-1.0)
+    second = Trainer(folder, model="tiny", recipe=SHORT, seed=4)
+    assert second.at["step"] == 3 and second.at["clips"] == first.at["clips"]
+    assert second.run()
+    return folder
+
+
+# ---- parts ---------------------------------------------------------------------------
+
+
+def test_orthogonal_steps_have_singular_values_near_one():
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((2, 48, 48), (2, 96, 32), (2, 32, 96)):
+        x = torch.randn(shape, generator=draw)
+        y = orthogonal(x)
+        values = torch.linalg.svdvals(y)
+        assert y.shape == x.shape and 0.3 < values.min() and values.max() < 1.3
+        # The directions stay: x and its nearest orthogonal matrix agree in sign everywhere.
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        assert (torch.einsum("bij,bij->b", u @ v, y) / min(shape[1:]) > 0.7).all()
+
+
+def test_muon_steps_matrices_of_one_shape_together():
+    draw = torch.Generator().manual_seed(1)
+    matrices = [torch.randn(s, generator=draw) for s in ((8, 4), (8, 4), (4, 4))]
+    before = [w.clone() for w in matrices]
+    for w in matrices:
+        w.grad = torch.randn(w.shape, generator=draw)
+    muon = Muon(matrices, lr=0.1, momentum=0.5, decay=0.2)
+    muon.step()
+    for w, old in zip(matrices, before, strict=True):
+        # The first buffer is half the gradient, and so is their Nesterov mix but for a factor.
+        update = orthogonal(w.grad[None])[0] * max(1, w.shape[0] / w.shape[1]) ** 0.5
+        assert torch.allclose(w, old * (1 - 0.1 * 0.2) - 0.1 * update, atol=5e-3)
+    other = Muon([w.clone() for w in matrices], lr=0.1)
+    other.load(muon.state())
+    assert len(muon.state()) == 2
+    for (_, a), (_, b) in zip(muon.groups, other.groups, strict=True):
+        assert torch.allclose(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_pieces_of_a_checkpoint_are_small_and_never_mixed(tmp_path):
+    path = tmp_path / "x.pt"
+    assert checkpoint.load(path) is None
+    old, new = ({"a": torch.full((5000,), float(n)), "n": n} for n in (1, 2))
+    names = checkpoint.save(old, path, piece=9000)
+    assert len(names) == 3 and all(p.stat().st_size <= 9000 for p in names)
+    assert checkpoint.load(path)["n"] == 1
+    torn = names[1].read_bytes()
+    checkpoint.save(new, path, piece=9000)
+    assert torch.equal(checkpoint.load(path)["a"], new["a"])
+    names[1].write_bytes(torn)
+    with pytest.raises(ValueError, match="the 3 pieces of x.pt are not those of one whole"):
+        checkpoint.load(path)
+    assert checkpoint.save(new, path) == [path]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt"]
+    checkpoint.save(new, path, piece=30_000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pt.00"]
+
+
+def test_a_save_that_dies_leaves_the_last_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    checkpoint.save({"n": 1}, path)
+
+    def dies(*names):
+        raise OSError("disk is gone")
+
+    monkeypatch.setattr(checkpoint.os, "replace", dies)
+    with pytest.raises(OSError, match="disk is gone"):
+        checkpoint.save({"n": 2}, path)
+    assert checkpoint.load(path) == {"n": 1}
+
+
+# ---- runs ----------------------------------------------------------------------------
+
+
+def test_a_cut_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole = Trainer(tmp_path / "a", model="tiny", recipe=SHORT)
+    whole.step()
+    whole.save()
+    half, at = trained(tmp_path / "a")
+    assert at["step"] == 1 and half.config == whole.ema.config
+    for a, b in zip(whole.ema.parameters(), half.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=2**-8, atol=1e-6)
+    other = Trainer(tmp_path / "a", model="tiny", recipe=SHORT)
+    for a, b in zip(whole.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    losses = [[t.step().item() for _ in range(2)] for t in (whole, other)]
+    # The same clips and noise; only Muon's momenta were rounded.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_a_run_ends_with_averaged_weights_and_a_log(run):
+    model, at = trained(run)
+    assert at["total"] == 6
+    fresh = new_model("tiny", seed=4)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True)
+    )
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    events = [line.get("event") for line in log if "event" in line]
+    assert events == ["start", "cut", "resume", "stage over", "stage over", "trained"]
+    assert log[-1]["at"]["total"] == 6 and log[-1]["at"]["stage"] == 2
+    # 2 steps of 3 packed short clips and 4 of one clip.
+    assert log[-1]["at"]["clips"] == 2 * 3 + 4
+    probes = [line for line in log if "probe" in line]
+    assert [p["view"] for p in probes] == [32, 64] and probes[0]["back"] is None
+    assert all(0 < p["all"] < 40 for p in probes)
+
+
+def test_training_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WARM_UP", 4)
+    stage = Stage(32, FOREVER, 1, steps=FOREVER)
+    trainer = Trainer(tmp_path, model="tiny", recipe=(stage,))
+    losses = [trainer.step().item() for _ in range(14)]
+    assert sum(losses[-4:]) < 0.93 * sum(losses[:4]), losses
+
+
+def test_recipes_fit_the_time():
+    for name in ("narrow", "full"):
+        assert sum(stage.seconds for stage in RECIPES[name]) <= 660
+    short = shortened(RECIPES["narrow"], [10, 20])
+    assert [s.seconds for s in short] == [10, 20] and short[0].batch == RECIPES["narrow"][0].batch
+    with pytest.raises(ValueError, match="stages: expected 2 times, got 1"):
+        shortened(RECIPES["narrow"], [10])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    trainer = Trainer(tmp_path, model="tiny", recipe=SHORT)
+    with pytest.raises(RuntimeError, match="loss: expected a finite number, got nan"):
+        trainer._report(math.nan)
+
+
+# ---- weights -------------------------------------------------------------------------
+
+
+def test_eight_bits_lose_half_a_step_at_most():
+    state = new_model("tiny", seed=2).state_dict()
+    packed = weights.quantised(state)
+    back = weights.restored(packed)
+    assert set(back) == set(state)
+    for name, weight in state.items():
+        large = name.startswith(weights.LARGE) and weight.dim() == 2
+        assert (packed[name].dtype == torch.int8) == large
+        step = packed[name + weights.SCALE].float()[:, None] if large else weight.abs() * 2**-10
+        assert ((back[name] - weight).abs() <= 0.505 * step + 1e-7).all(), name
+
+
+def test_export_evaluate_and_render(run, tmp_path, capsys):
+    out = str(tmp_path / "export")
+    sizes = ["--view", "32", "--clips", "2", "--device", "cpu"]
+    assert command.main(["export", "--folder", str(run), "--out", out, *sizes]) == 1  # untrained
+    card = world.card(out)
+    assert card["run"]["steps"] == 6 and card["run"]["runs"] == 2 and card["run"]["seed"] == 4
+    assert card["gates"][0]["clips"] == 2 and not card["gates"][0]["ok"]
+    page = (tmp_path / "export" / weights.PAGE).read_text()
+    assert "FAILS" in page and card["sha256"] in page
+    kept, shipped = trained(run)[0], world.load_world(out, device="cpu")
+    clip = world.clips(1, view=32, frames=9)
+    a, b = (world.rollout(m, clip)[:, 3:] for m in (kept, shipped))
+    assert 0 < (a - b).abs().max() < 0.02
+    figures = tmp_path / "gates.json"
+    assert command.main(["evaluate", "--weights", out, "--json", str(figures), *sizes]) == 1
+    assert json.loads(figures.read_text())[0]["rows"] == card["gates"][0]["rows"]
+    pictures = str(tmp_path / "pictures")
+    arguments = ["render", "--weights", out, "--out", pictures, "--view", "32", "--device", "cpu"]
+    assert command.main([*arguments, "--rules", "dense", "fast"]) == 0
+    names = {p.name for p in (tmp_path / "pictures").iterdir()}
+    assert names == {"contact-sheet.png", "video.gif", "video.mp4"}
+    assert "dB" in capsys.readouterr().out
+
+
+def test_weights_are_checked_by_hash(run, tmp_path, capsys):
+    model = weights.export(trained(run)[0], tmp_path, {})
+    assert torch.equal(
+        model.blocks[0].self_attn.q.weight,
+        world.load_world(tmp_path, device="cpu").blocks[0].self_attn.q.weight,
+    )
+    assert world.load_world(tmp_path, device="cpu", dtype=torch.float16).dtype == torch.float16
+    path = tmp_path / weights.FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"folder: {weights.FILE} has hash .* but its card says"):
+        world.load_world(tmp_path)
+    assert command.main(["evaluate", "--weights", str(tmp_path / "none")]) == 2
+    assert "no world.safetensors" in capsys.readouterr().err
+
+
+def test_too_large_a_file_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match="model: expected at most 1000 bytes in 8 bits, got"):
+        weights.export(trained(run)[0], tmp_path, {})
