@@ -103,13 +103,14 @@ def explain(options) -> int:
 
 
 def demo(options) -> int:
-    """Roll the small causal model out, dense and sparse, and write what came out."""
+    """Continue a known video by several attention rules, side by side, and write the pictures."""
     need("torch", "models", "demo")
+    need("safetensors", "models", "demo")
     for module in ("imageio", "imageio_ffmpeg", "PIL", "tqdm"):
         need(module, "viz", "demo")
     from . import demo as film
 
-    result = film.run(options, settings(options))
+    result = film.run(options)
     show(options, result, film.summary(result))
     return 0
 
@@ -138,6 +139,24 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number(text: str) -> int:
+    """An argument that is an integer >= 0."""
+    if not text.isdecimal() or int(text) > 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 1000000, got {text}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """An argument that is a number above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 1, got {text}")
+    return value
+
+
 def seconds(text: str) -> float:
     """An argument that is a finite time above 0."""
     try:
@@ -147,14 +166,6 @@ def seconds(text: str) -> float:
     if not 0 < value <= 86400:
         raise argparse.ArgumentTypeError(f"expected seconds, above 0 and up to 86400, got {text}")
     return value
-
-
-def frame_size(text: str) -> tuple[int, int]:
-    """An argument such as 44x80."""
-    rows, cross, columns = text.partition("x")
-    if not (cross and rows.isdigit() and columns.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected rows x columns such as 44x80, got {text}")
-    return int(rows), int(columns)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -204,19 +215,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", metavar="FILE", help="draw it as PNG, SVG or PDF")
 
     command = add("demo", demo)
-    add_plan(command)
     command.add_argument(
-        "--num-frames", type=positive, default=21, help="latent frames; default: 21"
+        "--sparsity",
+        type=share,
+        default=0.88,
+        help="mean share of the key blocks left out; default: %(default)s",
     )
-    command.add_argument("--seed", type=int, default=0, help="of the weights and the noise")
+    command.add_argument("--clip", type=number, default=0, help="which video; default: 0")
+    command.add_argument("--seed", type=int, default=0, help="of the noise")
+    command.add_argument(
+        "--view", type=int, choices=(64, 128), default=64, help="pixels of a side; default: 64"
+    )
+    command.add_argument("--frames", type=positive, default=21, help="default: 21")
     command.add_argument("--out", default="demo", metavar="FOLDER", help="default: ./demo")
-    command.add_argument(
-        "--size",
-        type=frame_size,
-        default=(44, 80),
-        metavar="HxW",
-        help="latent frame; default: 44x80",
-    )
 
     command = add("bench", bench)
     add_plan(command)

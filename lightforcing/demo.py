@@ -1,8 +1,8 @@
-"""The demo: one causal video model, dense and sparse from the same noise, side by side.
+"""The demo: a video whose true continuation is known, continued by one model under several rules.
 
-No trained weights ship, so the model is :class:`lightforcing.models.CausalWan` in its tiny size
-with seeded random weights (:func:`weights`). The pictures are abstract; they show what sparse
-attention changes, and nothing about the quality of real videos.
+The model and the clips are those of :mod:`lightforcing.world`; its small trained weights come with
+the package. Every rule starts from the same frames and the same noise and keeps the same share of
+the key blocks, so what differs between the pictures is which blocks were kept.
 """
 
 from __future__ import annotations
@@ -12,218 +12,195 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import lightforcing as lf
 
 from . import pictures
-from .models import CausalWan, Rollout, WanConfig
 
-FPS = 5  # of the files: a latent frame is shown for a fifth of a second
-PROBE = 32  # query rows of a call whose recall is measured, in a third rollout that is not timed
-SCALE = 4  # pixels for a latent pixel
-HONEST = (
-    "The weights are random: the pictures are abstract and say nothing about the quality of real "
-    "videos."
-)
-
-
-def weights(model: CausalWan, seed: int) -> None:
-    """Seeded random weights whose rollout is a picture instead of the noise it started from.
-
-    The first ``4 * in_dim`` channels carry the noisy patch unchanged to the head, which subtracts
-    it; the layers read and write the other channels only. What remains is what attention made of
-    the noise: averages over the neighbourhood that its random positional bias prefers, in this
-    chunk and in the cached ones.
-    """
-    model.init_weights(seed)
-    config, draw = model.config, torch.Generator().manual_seed(seed)
-    carried = 4 * config.in_dim
-    identity = torch.eye(carried)
-    patch = torch.zeros(config.dim, carried)
-    patch[:carried] = identity
-    model.patch_embedding.weight.data.copy_(patch.view_as(model.patch_embedding.weight))
-    for i, block in enumerate(model.blocks):
-        attention, ffn = block.self_attn, block.ffn
-        attention.q.bias.data.normal_(0.0, 1.0, generator=draw)
-        attention.k.bias.data.copy_(attention.q.bias.data)
-        for norm in (attention.norm_q, attention.norm_k):
-            norm.weight.data.fill_(3.0)  # the sharper the attention, the finer the picture
-        for reads in (attention.q, attention.k, ffn[0]):
-            reads.weight.data[:, :carried] = 0
-        # The first layer averages white noise, which leaves little of it; the others refine.
-        for writes, gain in ((attention.o, 6.0), (ffn[2], 1.0)):
-            writes.weight.data[:carried] = 0
-            writes.weight.data.mul_(gain if i == 0 else 0.1 * gain)
-    # Rows of the head are (2, 2, out_dim); all four pixels of a patch show the same colour. The
-    # factor 3.6 makes x0 = x - 0.625 v lose the noise at the last step (0.625 is its level): the
-    # head's layer norm divides by about 2.25 first.
-    head = torch.zeros(4, config.out_dim, config.dim)
-    head[:, :, :carried] = 3.6 * identity.view(config.in_dim, 4, carried).transpose(0, 1)
-    colours = torch.randn(config.out_dim, config.dim - carried, generator=draw)
-    head[:, :, carried:] = colours * (config.dim - carried) ** -0.5
-    model.head.head.weight.data.copy_(head.flatten(0, 1))
-    model.time_embedding[2].weight.data.zero_()  # no modulation, which would spoil the difference
+FPS = 6  # of the files
+PROBE = 32  # query rows of a call whose recall is measured, outside the timed part
+SCALE = 3  # pixels for a pixel
+BLOCK = 16  # tokens of a key block and rows of a query block: 16 blocks a frame of 64 x 64 pixels
+RULES = {
+    "dense": "all keys",
+    "fast": "ours: mass scores",
+    "paper": "the paper's rule",
+    "window": "nearest blocks",
+    "random": "any blocks",
+}
 
 
-def rollout(model: CausalWan, options, label: str) -> tuple[np.ndarray, list[float]]:
-    """One rollout with a progress bar: latents ``[F, C, h, w]`` and seconds of each chunk."""
-    sampler = Rollout(model)
-    total = sampler.forwards_per_chunk * len(sampler.chunk_ends(options.num_frames))
-    with tqdm(total=total, desc=f"{label:<16}", unit="forward", disable=None) as bar:
-        video = sampler.generate(
-            options.num_frames,
-            size=options.size,
-            seed=options.seed,
-            progress=lambda chunk, count: bar.update(),
-        )
-    return video.latents[0].float().numpy(), [chunk.seconds for chunk in video.chunks]
-
-
-def run(options, config) -> dict:
-    """Dense, sparse, and sparse once more with recall measured; writes the files.
+def config(rule: str, sparsity: float, view: int, frames: int = 21) -> lf.Config:
+    """The settings of a rule; ``window`` and ``random`` follow the paper's schedule.
 
     Args:
-        options: num_frames, size (rows and columns of a latent frame), seed, out (a folder).
-        config: the :class:`lightforcing.Config` of the sparse run.
+        rule: a key of :data:`RULES`.
+        sparsity: mean share of the key blocks left out, but for ``dense``.
+        view: pixels of a side, which decides the size of the blocks.
+        frames: of the video.
+    """
+    size = max(BLOCK, BLOCK * (view // 64) ** 2)
+    measured = {"block_q": size, "block_k": size, "num_frames": frames, "timing": True}
+    if rule == "dense":
+        return lf.Config(sparsity=0, **measured)
+    preset = "fast" if rule == "fast" else "paper"
+    selector = {"window": "sta", "random": "random"}.get(rule)
+    chosen = {} if selector is None else {"selector": selector}
+    return lf.Config.preset(preset, sparsity=sparsity, probe=PROBE, **measured, **chosen)
+
+
+def run(options, model=None) -> dict:
+    """Continue one clip by every rule; writes the files.
+
+    Args:
+        options: view (64 or 128), frames, clip (its number), seed (of the noise), sparsity, out (a
+            folder).
+        model: a world model on the CPU; None takes the package's.
 
     Returns:
         What report.json holds.
 
     Raises:
-        ValueError: the frames are not whole chunks, or a side of the frame is odd.
+        ValueError: the frames are not whole chunks.
+        FileNotFoundError: the package has no weights.
     """
-    window = {} if config.window is None else {"window_frames": config.window}
-    model = CausalWan(WanConfig.named("tiny", **window), seed=None)
-    weights(model, options.seed)
+    from . import world
+
+    seeds = range(world.EXAM_SEED + options.clip, world.EXAM_SEED + options.clip + 1)
+    clip = world.clips(seeds, view=options.view, frames=options.frames)
+    if model is None:
+        model = world.load_world(device="cpu")
+    tokens = (options.view // 4) ** 2
     print(
-        f"3 rollouts of {options.num_frames} frames of "
-        f"{model.config.frame_tokens(*options.size)} tokens: dense, sparse, and sparse with its "
-        "recall measured",
+        f"{len(RULES)} rollouts of {options.frames} frames of {tokens} tokens, the first "
+        f"{world.CHUNK * clip.given} given",
         file=sys.stderr,
     )
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    dense, dense_seconds = rollout(model, options, "dense")
-    with lf.patched(model, config=config) as handle:
-        sparse, sparse_seconds = rollout(model, options, "sparse")
-        text = handle.report()
-    with lf.patched(model, config=config, probe=PROBE) as handle:
-        probed, _ = rollout(model, options, "sparse, measured")
-        stats = handle.stats()
-    same = bool(np.array_equal(sparse, probed))
-    chunks = []
-    size = model.config.frames_per_chunk
-    for i, (a, b) in enumerate(zip(dense_seconds, sparse_seconds, strict=True)):
-        frames, measured = slice(i * size, (i + 1) * size), stats["chunks"][i]
-        error = np.sqrt(np.mean((dense[frames] - sparse[frames]) ** 2)) / dense[frames].std()
-        chunks.append(
-            {
-                "chunk": i + 1,
-                "dense_seconds": a,
-                "sparse_seconds": b,
-                "density": measured["density"],
-                "recall": measured["recall"],
-                "difference": float(error),
-            }
-        )
+    videos, rules = {"truth": clip.video}, {}
+    forwards = 5 * (options.frames // world.CHUNK) - 4 * clip.given
+    for rule, about in RULES.items():
+        settings = config(rule, options.sparsity, options.view, options.frames)
+        with (
+            tqdm(total=forwards, desc=f"{rule:<8}", unit="forward", disable=None) as bar,
+            lf.patched(model, config=settings) as handle,
+        ):
+            videos[rule] = world.rollout(
+                model, clip, seed=options.seed, progress=lambda chunk, count, bar=bar: bar.update()
+            )
+            stats = handle.stats()
+        scores = world.metrics.score(videos[rule], clip)
+        rules[rule] = {"about": about, **measures(stats, scores), "config": settings.to_dict()}
     result = {
-        "note": HONEST,
-        "model": "CausalWan tiny, random weights",
-        "frame": {"rows": options.size[0], "columns": options.size[1]},
-        "frame_tokens": model.config.frame_tokens(*options.size),
-        "num_frames": options.num_frames,
+        "clip": options.clip,
         "seed": options.seed,
+        "view": options.view,
+        "frames": options.frames,
+        "given_frames": world.CHUNK * clip.given,
+        "frame_tokens": tokens,
         "threads": lf.info()["threads"],
         "isa": lf.info()["isa"],
-        "torch": torch.__version__,
-        "config": config.to_dict(),
-        "dense_seconds": sum(dense_seconds),
-        "sparse_seconds": sum(sparse_seconds),
-        "chunks": chunks,
-        "measuring_changes_nothing": same,
-        "report": text,
+        "rules": rules,
     }
-    result["files"] = draw(folder, dense, sparse, result)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    result["files"] = draw(folder, clip, videos, result)
     (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def draw(folder: Path, dense: np.ndarray, sparse: np.ndarray, result: dict) -> list[str]:
+def measures(stats: dict, scores: dict) -> dict:
+    """What is shown of a rollout: kept share, recall, seconds, PSNR by region, glyphs.
+
+    Args:
+        stats: of the handle.
+        scores: of :func:`lightforcing.world.metrics.score`, for one clip.
+    """
+    later = [c for c in stats["chunks"] if c["chunk"] and c["chunk"] > 1]
+    values = {name: float(value[0]) for name, value in scores.items()}
+    return {
+        "density": float(np.mean([c["density"] for c in later])) if later else 1.0,
+        "recall": stats["recall"],
+        "attention_seconds": stats["ms"] / 1e3,
+        "psnr": {n: None if np.isnan(values[n]) else values[n] for n in ("all", "bare", "back")},
+        "glyphs": {n: bool(values[f"glyph_{n}"]) for n in ("easy", "hard")},
+        "ssim": values["ssim"],
+    }
+
+
+def draw(folder: Path, clip, videos: dict, result: dict) -> list[str]:
     """Write the contact sheet, the GIF and the MP4; their paths."""
-    palette, chunks = pictures.Palette(dense), result["chunks"]
-    videos = {
-        "dense": palette.frames(dense),
-        "sparse": palette.frames(sparse),
-        "difference": palette.difference(dense, sparse),
+    from .world import CHUNK, render
+
+    shown = {name: render.frames(video[0]) for name, video in videos.items()}
+    notes = {"truth": ["what the", "world does"]} | {
+        name: below(rule) for name, rule in result["rules"].items()
     }
-    per_chunk = len(dense) // len(chunks)
-    labels = {
-        "dense": "all keys",
-        "sparse": f"sparsity {result['config']['sparsity']:g}",
-        "difference": "black: one std",
-    }
-    columns = [
-        (f"chunk {c['chunk']}", "all kept" if c["recall"] is None else f"{c['density']:.0%} kept")
-        for c in chunks
-    ]
-    middles = range(per_chunk // 2, len(dense), per_chunk)
-    note = (
-        f"Middle frame of every chunk; {result['frame_tokens']} tokens a frame, "
-        f"{len(dense)} frames. {HONEST}\n"
-        "Colours: a fixed projection of the 16 latent channels, centred frame by frame on the "
-        "dense video.\n"
-        "Difference: root mean square over the channels against the dense video's spread in a "
-        "frame."
-    )
+    chunks = range(result["frames"] // CHUNK)
+    asked = clip.flags[0].unflatten(0, (-1, CHUNK))[:, 0].tolist()
+    columns = [(f"chunk {c + 1}", _heading(c, clip.given, *asked[c])) for c in chunks]
     sheet = pictures.contact_sheet(
-        {f"{k}\n{labels[k]}": v[list(middles)] for k, v in videos.items()},
+        {"\n".join([name, *notes[name]]): video[1::CHUNK] for name, video in shown.items()},
         columns,
-        f"Same noise, same random weights: dense and sparse attention ({summary_line(result)})",
-        note,
+        "A video continued from its first frames: same weights, same noise, same share of key "
+        "blocks",
+        "Middle frame of every chunk. PSNR against the true continuation, whole frame; recall: "
+        "share of the dense attention that the kept keys hold.\n"
+        "The camera goes over the world once in the given frames, then pans; a glyph that flashed "
+        "there is asked for again where it says so.",
         SCALE,
     )
     captions = []
-    for f in range(len(dense)):
-        c = chunks[f // per_chunk]
-        kept = "dense" if c["recall"] is None else f"{c['density']:.0%} of the keys kept"
-        recall = "" if c["recall"] is None else f", holding {c['recall']:.0%} of the attention"
-        captions.append(f"frame {f + 1} of {len(dense)}, chunk {c['chunk']}: {kept}{recall}")
-    frames = pictures.side_by_side(videos, captions, SCALE)
+    for f in range(result["frames"]):
+        given = ", given" if f < result["given_frames"] else ""
+        captions.append(f"frame {f + 1} of {result['frames']}{given}")
+    pages = pictures.side_by_side(shown, captions, SCALE, notes)
     names = [folder / n for n in ("contact-sheet.png", "video.gif", "video.mp4")]
     sheet.save(names[0])
-    pictures.save_gif(names[1], frames, FPS)
-    pictures.save_mp4(names[2], frames, FPS)
+    pictures.save_gif(names[1], pages, FPS)
+    pictures.save_mp4(names[2], pages, FPS)
     return [str(n) for n in names]
 
 
-def summary_line(result: dict) -> str:
-    """Preset in words, such as ``sparsity 0.8, mass scores, law count``."""
-    config = result["config"]
-    return f"sparsity {config['sparsity']:g}, {config['score']} scores, law {config['law']}"
+def below(rule: dict) -> list[str]:
+    """The lines under a rule's pictures."""
+    recall = "" if rule["recall"] is None else f", recall {rule['recall']:.0%}"
+    return [
+        rule["about"],
+        f"{rule['psnr']['all']:.1f} dB{recall}",
+        f"attention {rule['attention_seconds']:.1f} s",
+    ]
+
+
+def _heading(chunk, given, easy, hard):
+    if chunk < given:
+        return "given"
+    return " and ".join(n for n, there in (("easy", easy), ("hard", hard)) if there) + (
+        " glyph" if easy or hard else ""
+    )
 
 
 def summary(result: dict) -> str:
     """What the command prints when it is done."""
-    lines = ["", "chunk  dense s  sparse s  kept   recall  difference"]
-    for c in result["chunks"]:
-        recall = "     -" if c["recall"] is None else f"{c['recall']:6.1%}"
+    lines = [
+        "",
+        "rule     kept   recall  PSNR all    bare    back  glyphs easy hard  attention s",
+    ]
+    for name, rule in result["rules"].items():
+        recall = "     -" if rule["recall"] is None else f"{rule['recall']:6.1%}"
+        psnr = [
+            "      -" if rule["psnr"][n] is None else f"{rule['psnr'][n]:7.2f}"
+            for n in ("all", "bare", "back")
+        ]
+        right = ["right" if rule["glyphs"][n] else "wrong" for n in ("easy", "hard")]
         lines.append(
-            f"{c['chunk']:>5}  {c['dense_seconds']:7.2f}  {c['sparse_seconds']:8.2f}  "
-            f"{c['density']:4.0%}   {recall}  {c['difference']:10.3f}"
+            f"{name:<8} {rule['density']:4.0%}   {recall}  {psnr[0]:>8} {psnr[1]} {psnr[2]}  "
+            f"{right[0]:>11} {right[1]}  {rule['attention_seconds']:11.2f}"
         )
-    a, b = result["dense_seconds"], result["sparse_seconds"]
     lines += [
-        f"total  {a:7.2f}  {b:8.2f}  ({a / b:.2f}x, everything else in the model included)",
-        "recall: share of the dense attention mass that the kept keys hold; difference: root mean",
-        "square against the dense latents, in units of their spread, through all chunks so far",
-        "",
-        result["report"],
-        "",
-        HONEST,
-        "wrote "
-        + ", ".join(result["files"])
-        + f" and {Path(result['files'][0]).parent}/report.json",
+        "kept: share of the key blocks after the first chunk; PSNR in dB against the true",
+        "continuation: whole frame, background seen before, regions that come back into view;",
+        "attention: of the whole rollout, choosing blocks included",
+        "wrote " + ", ".join([*result["files"], f"{Path(result['files'][0]).parent}/report.json"]),
     ]
     return "\n".join(lines)

@@ -1,8 +1,4 @@
-"""Pictures of latents: labelled contact sheets, GIF and MP4, drawn with Pillow and imageio.
-
-Latents have 16 channels and no decoder is shipped, so a picture is a fixed linear projection
-of the channels to RGB: it shows structure and differences, not what a decoder would show.
-"""
+"""Pictures of videos: labelled contact sheets, GIF and MP4, drawn with Pillow and imageio."""
 
 from __future__ import annotations
 
@@ -14,44 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, MUTED, PAPER = (28, 28, 30), (110, 110, 115), (255, 255, 255)
 GAP = 12
-
-
-class Palette:
-    """Latent channels to RGB, fitted to one video so that others can be shown the same way.
-
-    The projection is a seeded orthonormal 16 x 3 matrix. Every frame's colours are centred on the
-    median of the fitted video's same frame and stretched so that the 1st and 99th percentile of
-    the whole fitted video fill the range.
-    """
-
-    def __init__(self, latents: np.ndarray) -> None:
-        """Fit the offsets and the stretch to ``[F, C, h, w]`` latents."""
-        channels = latents.shape[1]
-        square = np.random.default_rng(3).standard_normal((channels, channels))
-        self.mix = np.linalg.qr(square)[0][:, :3]
-        mixed = self._mixed(latents)
-        self.middle = np.median(mixed, axis=(1, 2), keepdims=True)  # [F, 1, 1, 3]
-        low, high = np.percentile(mixed - self.middle, (1, 99))
-        self.reach = max(high, -low, 1e-6)
-        self.spread = max(float(latents.std(axis=(2, 3), dtype=np.float64).mean()), 1e-6)
-
-    def _mixed(self, latents):
-        return np.einsum("fchw,cr->fhwr", latents.astype(np.float64), self.mix)
-
-    def frames(self, latents: np.ndarray) -> np.ndarray:
-        """``[F, C, h, w]`` latents, F as fitted, as ``[F, h, w, 3]`` uint8."""
-        unit = (self._mixed(latents) - self.middle) / self.reach
-        return np.round(np.clip(0.5 + 0.5 * unit, 0, 1) * 255).astype(np.uint8)
-
-    def difference(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Distance of two videos at every latent pixel, ``[F, h, w, 3]`` grey.
-
-        White where they agree; black where the root mean square over the channels reaches the
-        spread of the fitted video within its frames (standard deviation, mean over channels).
-        """
-        distance = np.sqrt(np.mean((a.astype(np.float64) - b) ** 2, axis=1))
-        grey = 1 - np.clip(distance / self.spread, 0, 1)
-        return np.repeat(np.round(grey * 255).astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def font(size: int):
@@ -79,14 +37,14 @@ def contact_sheet(
     """One picture of several videos: a row each, a column for each chosen frame.
 
     Args:
-        rows: label, with an optional second line, -> ``[n, h, w, 3]`` uint8, one frame a column.
+        rows: label, with optional further lines, -> ``[n, h, w, 3]`` uint8, one frame a column.
         columns: heading and second line of each column.
         title: first line.
         note: small print below, lines split by newlines.
-        scale: pixels for a latent pixel.
+        scale: pixels for a pixel.
     """
     height, width = (scale * n for n in next(iter(rows.values())).shape[1:3])
-    left, top = 150, 104
+    left, top = 190, 104
     lines = note.split("\n")
     size = (
         left + len(columns) * (width + GAP) + GAP,
@@ -101,9 +59,11 @@ def contact_sheet(
         write(draw, (middle, 78), below, size=15, colour=MUTED, anchor="mt")
     for r, (label, frames) in enumerate(rows.items()):
         y = top + r * (height + GAP)
-        name, _, detail = label.partition("\n")
-        write(draw, (2 * GAP, y + height // 2 - 4), name, size=18, anchor="lb")
-        write(draw, (2 * GAP, y + height // 2 + 4), detail, size=15, colour=MUTED)
+        name, *details = label.split("\n")
+        middle = y + height // 2 - 10 * len(details)
+        write(draw, (2 * GAP, middle), name, size=18, anchor="lm")
+        for i, detail in enumerate(details, 1):
+            write(draw, (2 * GAP, middle + 20 * i + 2), detail, size=15, colour=MUTED, anchor="lm")
         for c, frame in enumerate(frames):
             sheet.paste(enlarge(frame, scale), (left + c * (width + GAP), y))
     for i, text in enumerate(lines):
@@ -113,13 +73,25 @@ def contact_sheet(
 
 
 def side_by_side(
-    videos: dict[str, np.ndarray], captions: list[str], scale: int
+    videos: dict[str, np.ndarray],
+    captions: list[str],
+    scale: int,
+    notes: dict[str, list[str]] | None = None,
 ) -> list[np.ndarray]:
-    """Frames of several videos beside each other, a title above each and a caption below."""
+    """Frames of several videos beside each other, a title above each and a caption below.
+
+    Args:
+        videos: title -> ``[F, h, w, 3]`` uint8.
+        captions: one for each frame.
+        scale: pixels for a pixel.
+        notes: title -> lines under each of its frames.
+    """
+    notes = notes or {}
     count, height, width = next(iter(videos.values())).shape[:3]
     height, width = height * scale, width * scale
+    below = 20 * max(map(len, notes.values()), default=0)
     # Video codecs want even sides; multiples of 16 spare a second scaling.
-    size = (GAP + len(videos) * (width + GAP), 44 + height + 40)
+    size = (GAP + len(videos) * (width + GAP), 44 + height + below + 40)
     size = tuple(-(-n // 16) * 16 for n in size)
     frames = []
     for f in range(count):
@@ -129,7 +101,10 @@ def side_by_side(
             x = GAP + i * (width + GAP)
             write(draw, (x + width // 2, 14), label, size=18, anchor="mt")
             page.paste(enlarge(video[f], scale), (x, 44))
-        write(draw, (GAP, 44 + height + 12), captions[f], size=16, colour=MUTED)
+            for n, line in enumerate(notes.get(label, ())):
+                place = (x + width // 2, 44 + height + 8 + 20 * n)
+                write(draw, place, line, size=15, colour=MUTED, anchor="mt")
+        write(draw, (GAP, 44 + height + below + 14), captions[f], size=16, colour=MUTED)
         frames.append(np.asarray(page))
     return frames
 

@@ -117,25 +117,9 @@ def test_explain_draws(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_writes_what_it_says(tmp_path):
-    done = run("demo", "--num-frames", 9, "--size", "16x24", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    names = ["contact-sheet.png", "report.json", "video.gif", "video.mp4"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    result = json.loads((tmp_path / "report.json").read_text())
-    assert result["measuring_changes_nothing"]
-    assert [c["chunk"] for c in result["chunks"]] == [1, 2, 3]
-    first, *later = result["chunks"]
-    assert (first["difference"], first["recall"], first["density"]) == (0, None, 1)
-    for chunk in later:
-        assert 0 < chunk["difference"] < 1 and chunk["density"] < chunk["recall"] < 1
-    assert "The weights are random" in done.stdout
-    assert "60 calls" in done.stdout and str(tmp_path / "video.gif") in done.stdout
-
-
-def test_demo_is_dense_when_sparsity_is_zero(tmp_path):
-    result = answer("demo", "--num-frames", 6, "--size", "8x12", "--out", tmp_path, "--sparsity", 0)
-    assert all(c["difference"] == 0 for c in result["chunks"])
+def test_demo_refuses_a_part_of_a_chunk(tmp_path, capsys):
+    assert cli.main(["demo", "--frames", "10", "--out", str(tmp_path)]) == 2
+    assert "frames: expected a multiple of 3 of at least 9, got 10" in capsys.readouterr().err
 
 
 def test_bench_times_dense_and_sparse():
@@ -154,8 +138,8 @@ def test_bench_times_dense_and_sparse():
         (["explain", "--num-frames", "0"], "expected an integer from 1 to 1000000, got 0"),
         (["explain", "--attention-share", "2"], "attention_share: expected a number in [0, 1]"),
         (["explain", "--plot", "s.xyz"], "--plot: expected a file ending in one of"),
-        (["demo", "--size", "44by80"], "expected rows x columns such as 44x80, got 44by80"),
-        (["demo", "--num-frames", "7"], "num_frames: expected 3 plus a multiple of 3, got 7"),
+        (["demo", "--clip", "-1"], "expected an integer from 0 to 1000000, got -1"),
+        (["demo", "--sparsity", "1"], "expected a number above 0 and below 1, got 1"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -175,6 +159,7 @@ def test_wrong_arguments_get_a_sentence_and_exit_code_2(arguments, sentence, tmp
     "module, arguments, sentence",
     [
         ("torch", ["demo"], "demo needs torch: pip install 'lightforcing[models]'"),
+        ("safetensors", ["demo"], "demo needs safetensors: pip install 'lightforcing[models]'"),
         ("imageio", ["demo"], "demo needs imageio: pip install 'lightforcing[viz]'"),
         ("tqdm", ["demo"], "demo needs tqdm: pip install 'lightforcing[viz]'"),
         ("matplotlib", ["explain", "--plot", "x.png"], "--plot needs matplotlib: pip install"),

@@ -1,0 +1,240 @@
+"""The rows of the quality table: which blocks, how many in every chunk, and why the row is there.
+
+Every row of a table keeps the same number of key blocks, summed over the chunks after the first:
+what the linear law (the paper's) comes to at the target after rounding. The other laws share that
+total out otherwise, by largest remainders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+import lightforcing as lf
+from lightforcing.blocks import frame_blocks
+
+FRAMES, CHUNK = 21, 3
+CHUNKS = FRAMES // CHUNK
+TARGET, BASE = 0.88, 0.98  # of the paper's 5 s schedule
+LAWS = ("cag", "uniform", "count", "reversed")
+
+
+def resident(frame_tokens, block_k):
+    """Key blocks that chunks 2, 3 ... see."""
+    per_frame = frame_blocks(frame_tokens, block_k)
+    return [CHUNK * (c + 1) * per_frame for c in range(1, CHUNKS)]
+
+
+def shared_out(ideal, total):
+    """Whole numbers near ``ideal`` whose sum is ``total``: largest remainders, ties to the first.
+
+    No chunk keeps nothing.
+    """
+    kept = [max(1, int(x + 1e-9)) for x in ideal]
+    order = sorted(range(len(kept)), key=lambda i: (kept[i] - ideal[i], i))
+    missing = total - sum(kept)
+    if not 0 <= missing <= len(kept):
+        raise ValueError(f"total: expected {sum(kept)} to {sum(kept) + len(kept)}, got {total}")
+    for i in order[:missing]:
+        kept[i] += 1
+    return tuple(kept)
+
+
+@cache
+def counts(law, blocks, target=TARGET, base=BASE):
+    """Blocks kept in chunks 2, 3 ... by ``cag`` (linear), ``uniform``, ``count`` or ``reversed``.
+
+    Args:
+        law: ``uniform`` keeps the same share everywhere, ``count`` the same number; ``reversed``
+            gives early chunks the shares that ``cag`` gives late ones.
+        blocks: resident blocks of these chunks, a tuple.
+        target: sparsity, mean over chunks weighted by their blocks.
+        base: of the linear law.
+
+    Returns:
+        A tuple; its sum is the same for every law.
+    """
+    solved = lf.cag_schedule(FRAMES, CHUNK, sparsity=target, base=base)[1:]
+    cag = [max(1, int((1 - s) * n + 1e-9)) for s, n in zip(solved, blocks, strict=True)]
+    total = sum(cag)
+    if law == "cag":
+        return tuple(cag)
+    if law == "uniform":
+        ideal = [total * n / sum(blocks) for n in blocks]
+    elif law == "count":
+        ideal = [total / len(blocks)] * len(blocks)
+    elif law == "reversed":
+        share = [k / n for k, n in zip(reversed(cag), reversed(blocks), strict=True)]
+        ideal = [s * n for s, n in zip(share, blocks, strict=True)]
+        ideal = [x * total / sum(ideal) for x in ideal]
+    else:
+        raise ValueError(f"law: expected one of {', '.join(LAWS)}, got {law!r}")
+    return shared_out(ideal, total)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: unique in its table.
+        group: ``main``, ``laws``, ``pareto``, ``chunks`` (H1), ``frames`` (H4) or ``extras``.
+        selector: a name that ``lightforcing.patch`` knows; None leaves every call dense.
+        kept: blocks a row of queries keeps in chunks 2, 3 ...; 0 leaves a chunk dense.
+        settings: further fields of ``lightforcing.Config``.
+        clips: share of the clips that are run; the costly rows take fewer.
+    """
+
+    name: str
+    group: str = "main"
+    selector: str | None = None
+    kept: tuple[int, ...] = ()
+    settings: dict = field(default_factory=dict)
+    clips: float = 1.0
+
+    def config(self, table):
+        """The settings of the patch, or None for a dense row."""
+        if self.selector is None:
+            return None
+        blocks = resident(table.frame_tokens, table.block_k)
+        shares = [1 - k / n if k else 0.0 for k, n in zip(self.kept, blocks, strict=True)]
+        return lf.Config(
+            schedule=[0.0, *shares],
+            selector=self.selector,
+            block_k=table.block_k,
+            frames_per_chunk=CHUNK,
+            **{"block_q": table.block_q, **self.settings},
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """A resolution of the world model with the blocks it is cut into.
+
+    Attributes:
+        view: pixels of a side.
+        block_k: tokens of a key block.
+        block_q: query rows that share a list, where a row does not say otherwise.
+        batch: clips rolled out at once on a GPU: more are no faster.
+    """
+
+    view: int
+    block_k: int
+    block_q: int
+    batch: int
+
+    @property
+    def frame_tokens(self):
+        """Tokens of a frame; a token is 4 x 4 pixels."""
+        return (self.view // 4) ** 2
+
+    @property
+    def blocks(self):
+        """Resident blocks of chunks 2, 3 ..."""
+        return tuple(resident(self.frame_tokens, self.block_k))
+
+    def counts(self, law, keep=1 - TARGET):
+        """Kept blocks by law; ``keep`` is the mean share."""
+        # The paper's base leaves a sixth of the kept share to the end of an endless video.
+        base = BASE if keep == 1 - TARGET else 1 - keep / 6
+        return counts(law, self.blocks, 1 - keep if keep != 1 - TARGET else TARGET, base)
+
+
+TABLES = {64: Table(64, 16, 16, 64), 128: Table(128, 64, 64, 16)}
+
+# Most wanted first: a run that is cut short has the rows that matter.
+FIRST = (
+    ("mass", "count"),
+    ("mean", "cag"),
+    ("hsa", "cag"),
+    ("oracle", "cag"),
+    ("sta", "cag"),
+    ("random", "cag"),
+    ("mass", "cag"),
+    ("mean", "count"),
+    ("mean", "uniform"),
+    ("radial", "cag"),
+    ("vsa", "cag"),
+    ("vmoba", "cag"),
+    ("sparge", "cag"),
+)
+REST = (
+    ("hsa", "count"),
+    ("lse", "count"),
+    ("oracle", "count"),
+    ("hsa", "uniform"),
+    ("mass", "uniform"),
+    ("lse", "cag"),
+    ("mean", "reversed"),
+    ("mass", "reversed"),
+    ("sta", "count"),
+    ("vsa", "count"),
+    ("vmoba", "count"),
+    ("sparge", "count"),
+    ("radial", "count"),
+    ("vsa-cube", "cag"),
+    ("sparge-sim", "cag"),
+    ("sparge-topp", "cag"),
+)
+
+
+def rows(table, selectors):
+    """All rows of a table in the order in which they should be run.
+
+    Args:
+        table: a :class:`Table`.
+        selectors: names that this build knows; rows of others are left out.
+    """
+    made = [Row("dense")]
+    costly = {"oracle": 0.25 if table.view == 128 else 1.0}
+
+    def add(group, selector, law, note="", keep=1 - TARGET, kept=None, **settings):
+        if selector in selectors:
+            made.append(
+                Row(
+                    f"{selector} {law}{note}",
+                    group,
+                    selector,
+                    table.counts(law, keep) if kept is None else kept,
+                    settings,
+                    costly.get(selector, 1.0),
+                )
+            )
+
+    for selector, law in FIRST:
+        add("main", selector, law)
+    if table.view == 128:
+        for selector, law in (("mass", "count"), ("mean", "cag"), ("hsa", "cag")):
+            add("main", selector, law, " q128", block_q=128)
+    for selector, law in REST:
+        add("laws", selector, law)
+    add("extras", "mass", "cag", " frames", hierarchy=True)
+    add("extras", "mass", "count", " frames", hierarchy=True)
+    add("extras", "mass", "count", " refresh 2", refresh=2)
+    add("extras", "mass", "count", " raster", layout="raster")
+    add("extras", "mean", "cag", " raster", layout="raster")
+    for keep in (0.05, 0.08, 0.20, 0.30):
+        for selector, law in (("mass", "count"), ("mean", "cag"), ("hsa", "cag")):
+            add("pareto", selector, law, f" keep {keep:g}", keep=keep)
+    for frames, sink, near in ((3, 1, 2), (9, 1, 2), (12, 1, 2), (6, 0, 0)):
+        add("frames", "hsa", "cag", f" {frames}/{sink}/{near}",
+            keep_frames=frames, sink_frames=sink, near_frames=near)  # fmt: skip
+    for selector in ("mean", "mass"):
+        for name, kept in starved(table).items():
+            add("chunks", selector, name, kept=kept)
+    return made
+
+
+def starved(table, sparsity=0.9):
+    """H1: one sparse chunk, all others dense; the same share, or the same number in each."""
+    blocks = table.blocks
+    share = [max(1, int((1 - sparsity) * n + 1e-9)) for n in blocks]
+    same = round(float(np.mean(share)))
+
+    def only(i, kept):
+        return tuple(kept if j == i else 0 for j in range(len(blocks)))
+
+    made = {f"only {i + 2} share": only(i, share[i]) for i in range(len(blocks))}
+    return made | {f"only {i + 2} number": only(i, same) for i in range(len(blocks))}

@@ -1,0 +1,287 @@
+"""What sparse attention costs in quality: every selector at the same number of kept blocks.
+
+    python benchmarks/quality.py [--view 64|128] [--clips N] [--only NAME ...] [--device cpu|cuda]
+                                 [--weights FILE] [--seconds N] [--out FOLDER] [--results PREFIX]
+    python benchmarks/quality.py --captured FOLDER [--sparsity S]
+
+The world model of `lightforcing.world` continues procedural clips whose true continuation is known,
+once dense and once for each rule, from the same noise. Rows keep the same number of key blocks,
+summed over the chunks after the first, and all five passes of these chunks are sparse. Blocks are
+16 tokens at 64 px (336 of them at the end, as at 480x832 there are 525) and 64 tokens at 128 px.
+
+Shown is the PSNR against the true continuation, and the paired difference to dense with a bootstrap
+95 % interval over clips: of background that was seen before (bare), of regions that come back into
+view after two chunks (back), and of the whole frame; how often the two glyphs were redrawn right;
+SSIM; and the drift in dB a chunk. On the dense trajectory: the share of attention mass that the
+kept keys hold (mean, 5th percentile, against the oracle's) and the output's relative error.
+
+Finished rows are kept in FOLDER, a line each, and not run again at the same commit with the same
+weights and clips; rows come most wanted first, and none is begun that would not end in time.
+
+--captured judges the selectors on q, k and v of your own pipeline, as `lightforcing.capture` wrote
+them, all keeping the same share of the blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+from _judge import Tally, judge, text
+from _paired import Store, digest
+from _rules import CHUNK, CHUNKS, TABLES, rows
+from cpu import commit, cpu_name
+
+import lightforcing as lf
+from lightforcing import capturing, selectors
+
+JUDGED_STEPS = (0, 2, 4)  # of five: the first, the third, and the pass that fills the cache
+
+
+class Exam:
+    """Clips, a model and its dense videos: runs rows one by one.
+
+    Args:
+        model: of ``lightforcing.world``.
+        clips: of ``lightforcing.world``, exam clips.
+        table: a ``_rules.Table``.
+        batch: clips rolled out at once.
+        seed: of the noise.
+    """
+
+    def __init__(self, model, clips, table, batch, seed=0):
+        self.model, self.clips, self.table, self.batch, self.seed = model, clips, table, batch, seed
+        self.dense = {}  # by first clip: the dense video, float16
+
+    def run(self, row):
+        """One row: scores by clip, blocks kept in each chunk, and seconds.
+
+        The dense row keeps its videos; later rows are compared with them where they are there.
+        """
+        from lightforcing import world
+
+        share = round(len(self.clips) * row.clips)
+        count = min(len(self.clips), max(1, share))
+        begin, scores, config = time.perf_counter(), {}, row.config(self.table)
+        handle = None if config is None else lf.patch(self.model, config=config)
+        try:
+            for start in range(0, count, self.batch):
+                clip = self.clips[start : min(start + self.batch, count)]
+                video = world.rollout(self.model, clip, seed=self.seed)
+                found = world.metrics.score(video, clip) | self._distance(row, start, video)
+                for name, values in found.items():
+                    scores.setdefault(name, []).extend(torch.as_tensor(values).tolist())
+            chunks = None if handle is None else handle.stats()["chunks"]
+        finally:
+            if handle is not None:
+                handle.unpatch()
+        seconds = time.perf_counter() - begin
+        return {
+            "group": row.group,
+            "clips": count,
+            "planned": list(row.kept),
+            "kept": self._kept(chunks),
+            "scores": {n: [round(x, 4) for x in values] for n, values in scores.items()},
+            "seconds": round(seconds, 2),
+        }
+
+    def _kept(self, chunks):
+        """Mean blocks that a row of queries read in chunks 2, 3 ..., as counted by the handle."""
+        if chunks is None:
+            return list(self.table.blocks)
+        density = {c["chunk"]: c["density"] for c in chunks}
+        return [round(density[i + 2] * n, 2) for i, n in enumerate(self.table.blocks)]
+
+    def _distance(self, row, start, video):
+        """Mean squared distance to the dense video by chunk, of colours scaled to [0, 1]."""
+        if row.selector is None:
+            self.dense[start] = video.half()
+        if start not in self.dense:
+            return {}
+        dense = self.dense[start][: len(video)].to(video.dtype)
+        square = ((video - dense) / 2).square().mean((2, 3, 4)).unflatten(1, (-1, CHUNK)).mean(2)
+        return {f"from_dense_{c}": square[:, c] for c in range(1, square.shape[1])}
+
+    def judge(self, names, count, layers=None):
+        """Recall and output error on the dense trajectory of the first clips, by law cag."""
+        from lightforcing import world
+
+        tally, table = Tally(), self.table
+        kept = dict(enumerate(table.counts("cag"), 2))
+
+        def see(call):
+            sizes = {"block_q": table.block_q, "block_k": table.block_k}
+            found = judge(call, names, kept=kept[call.facts.chunk], notes=tally.notes, **sizes)
+            tally.add(call.facts, found)
+
+        layers = range(self.model.config.num_layers) if layers is None else layers
+        watch = capturing.watch(
+            self.model, see, layers=layers, chunks=list(kept), steps=JUDGED_STEPS
+        )
+        with watch:
+            world.rollout(self.model, self.clips[:count], seed=self.seed)
+        return tally
+
+
+def run_rows(exam, todo, store, seconds, report):
+    """Run what is not stored yet, as long as it fits into ``seconds``."""
+    begin, slowest = time.perf_counter(), {}
+    for row in todo:
+        needed = row.selector is None and not exam.dense and any(r.name not in store for r in todo)
+        if row.name in store and not needed:
+            continue
+        spent = time.perf_counter() - begin
+        guess = slowest.get(row.selector) or max(slowest.values(), default=0)
+        if spent + guess * row.clips > seconds:
+            report(f"no time left before {row.name}")
+            break
+        try:
+            made = exam.run(row)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            report(f"{row.name}: {error}")
+            continue
+        if row.name not in store:
+            store.put(row.name, **made)
+        slowest[row.selector] = made["seconds"] / row.clips
+        report(brief(row.name, made))
+
+
+def brief(name, made):
+    """One line as a row ends."""
+
+    def mean(key):
+        values = [x for x in made["scores"].get(key, ()) if x == x]
+        return sum(values) / len(values) if values else float("nan")
+
+    glyphs = f"{mean('glyph_easy'):.2f} {mean('glyph_hard'):.2f}"
+    return (
+        f"{name:26} all {mean('all'):6.2f} bare {mean('bare'):6.2f} back {mean('back'):6.2f} "
+        f"glyphs {glyphs} kept {sum(made['kept']):6.1f}  {made['clips']} clips {made['seconds']} s"
+    )
+
+
+def captured(args):
+    """The table of --captured; its exit code."""
+    tally, names = Tally(), args.only or selectors.names()
+    names = [n for n in names if n != "dense"]
+    count = 0
+    for call in capturing.load_folder(args.captured, args.device):
+        found = judge(call, names, sparsity=args.sparsity, block_q=args.block_q or 128,
+                      block_k=args.block_k or 64, notes=tally.notes)  # fmt: skip
+        tally.add(call.facts, found)
+        count += 1
+    print(f"{count} calls of {args.captured}, {1 - args.sparsity:.0%} of the key blocks kept")
+    for by in ((), ("chunk",)):
+        print("\n".join(text(tally.means(by), by)))
+    for name, why in tally.notes.items():
+        print(f"{name} left out: {why}")
+    if args.results:
+        record = {"facts": facts(args), "means": tally.means(), "cells": tally.cells}
+        Path(f"{args.results}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def facts(args):
+    """What the figures depend on, and what made them."""
+    cuda = args.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(args.device) if cuda else cpu_name(),
+        "commit": args.commit or commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def world_facts(args, table, weights):
+    made = facts(args)
+    return made | {
+        "weights": weights,
+        "view": table.view,
+        "frame_tokens": table.frame_tokens,
+        "block_k": table.block_k,
+        "block_q": table.block_q,
+        "chunks": CHUNKS,
+        "clips": args.clips,
+        "seed": args.seed,
+        "sweep": args.sweep,
+    }
+
+
+def parser():
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--view", type=int, choices=list(TABLES), default=64, help="default: 64")
+    made.add_argument("--clips", type=int, help="default: 256 at 64 px and 128 at 128 px; 4 on CPU")
+    made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows (or selectors)")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--weights", type=Path, help="folder of an export; default: the package's")
+    made.add_argument("--untrained", action="store_true", help="random weights, to try this out")
+    made.add_argument("--batch", type=int, help="clips at once; default: 64, 16 at 128 px, CPU 2")
+    made.add_argument("--seconds", type=float, default=1e9, help="begin no row that ends later")
+    made.add_argument("--judged", type=int, default=None, help="clips for recall; 0: none")
+    made.add_argument("--seed", type=int, default=0, help="of the noise")
+    made.add_argument("--sweep", choices=["quick", "slow"], default="quick", help="of the clips")
+    made.add_argument("--commit", help="what to write where there is no git")
+    made.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rows")
+    made.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json .txt .png")
+    made.add_argument("--captured", type=Path, metavar="FOLDER", help="of lightforcing.capture")
+    made.add_argument("--sparsity", type=float, default=0.88, help="with --captured")
+    made.add_argument("--block-q", type=int, help="query rows that share a list")
+    made.add_argument("--block-k", type=int, help="tokens of a key block; with --captured")
+    return made
+
+
+def chosen(every, only):
+    """Rows by name or selector, the dense one always."""
+    unknown = [n for n in only if not any(n in (r.name, r.selector) for r in every)]
+    if unknown:
+        raise SystemExit(f"--only: no row {', '.join(unknown)}; there are "
+                         + ", ".join(r.name for r in every))  # fmt: skip
+    return [r for r in every if not only or r.selector is None or {r.name, r.selector} & set(only)]
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    if args.captured:
+        return captured(args)
+    import _quality_report
+
+    from lightforcing import world
+
+    cpu = not args.device.startswith("cuda")
+    table = TABLES[args.view]
+    args.clips = args.clips or (4 if cpu else 256 if args.view == 64 else 128)
+    model = world.load_world(args.weights, device=args.device, untrained=args.untrained)
+    seeds = range(world.EXAM_SEED, world.EXAM_SEED + args.clips)
+    clips = world.clips(seeds, view=table.view, sweep=args.sweep, device=args.device)
+    exam = Exam(model, clips, table, args.batch or (2 if cpu else table.batch), args.seed)
+    key = world_facts(args, table, digest(model))
+    store = Store(args.out / f"rows-{args.view}.jsonl", key)
+    todo = chosen(rows(table, selectors.names()), args.only)
+    begin = time.perf_counter()
+
+    def report(line):
+        print(f"{time.perf_counter() - begin:6.1f} s  {line}", flush=True)
+
+    report("{device}, commit {commit}, weights {weights}, {clips} clips of {view} px".format(**key))
+    run_rows(exam, todo, store, args.seconds, report)
+    judged = args.judged if args.judged is not None else (1 if cpu or args.view == 128 else 4)
+    if judged and "recall" not in store and time.perf_counter() - begin < args.seconds:
+        tally = exam.judge([n for n in selectors.names() if n != "dense"], judged)
+        store.put("recall", clips=judged, cells=tally.cells, notes=tally.notes)
+        report(f"recall of {judged} clips")
+    summary = _quality_report.summary(store, table, key)
+    print(_quality_report.text(summary))
+    if args.results:
+        _quality_report.write(summary, args.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
