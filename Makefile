@@ -8,7 +8,7 @@ BUILT   := $(VENV)/.built
 C_FILES := $(shell find csrc -name '*.[ch]' -not -name dlpack.h -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: build demo test bench format lint sanitize mutants wheel wheel-matrix clean test-gpu ptxas
+.PHONY: build demo test bench format lint sanitize mutants wheel wheel-matrix clean test-gpu mutants-gpu ptxas
 
 build: $(BUILT)
 
@@ -38,12 +38,16 @@ lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(C_FILES)
+	$(PY) scripts/ptxas_report.py --check
 
 sanitize: build              ## the whole suite under AddressSanitizer and UBSan, log in benchmarks/results
 	$(PY) scripts/sanitize.py
 
 mutants: build               ## seeded faults, each of which the suite must catch
 	$(PY) tests/mutants/run.py
+
+mutants-gpu: build           ## seeded faults in kernels, on a machine with a Hopper GPU and nvcc
+	$(PY) tests/mutants/run.py --gpu
 
 wheel: $(READY)              ## one cp310-abi3 wheel in dist/
 	$(PY) scripts/wheel_matrix.py --build-only

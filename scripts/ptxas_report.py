@@ -1,10 +1,11 @@
 """What ptxas said of every kernel: registers, spills, stack, shared memory. Fails on a bad line.
 
-    python scripts/ptxas_report.py [FOLDER ...]
+    python scripts/ptxas_report.py [--check] [FOLDER ...]
 
 Reads the logs that setup.py leaves in build/temp*/cuda (or those in the given folders) and prints
 one line for each kernel and chip. The exit status is 1 if a kernel spills, has a stack frame that
 ALLOWED does not excuse, if ptxas serialised a wgmma or ignored a setmaxnreg, or if no log is there.
+With --check only bad lines are printed, and a build without CUDA, which has no log, is fine.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("--check", action="store_true", help="print what is wrong, nothing else")
     options = parser.parse_args(argv)
     logs = [p for f in options.folders or folders() for p in sorted(f.glob("*.ptxas.log"))]
     kernels, bad = [], []
@@ -124,18 +126,22 @@ def main(argv=None):
         found, lines = read(log)
         kernels += found
         bad += lines
+    if not kernels and options.check:
+        return 0
     if not kernels:
         print("no ptxas log with a kernel found: build with nvcc first")
         return 1
     for kernel, name in zip(kernels, demangled([k.name for k in kernels]), strict=True):
         kernel.name = shortened(name)
         judge(kernel)
-    print(f"{'source':<14} {'chip':<8} registers  spill  stack  shared  kernel")
+    if not options.check:
+        print(f"{'source':<14} {'chip':<8} registers  spill  stack  shared  kernel")
     for k in sorted(kernels, key=lambda k: (k.source, k.name, k.chip)):
         line = (
             f"{k.source:<14} {k.chip:<8} {k.registers:>9} {k.spill:>6} {k.stack:>6} {k.shared:>7}"
         )
-        print(f"{line}  {k.name}" + (f"  <- {'; '.join(k.faults)}" if k.faults else ""))
+        if k.faults or not options.check:
+            print(f"{line}  {k.name}" + (f"  <- {'; '.join(k.faults)}" if k.faults else ""))
     for line in bad:
         print(line)
     faulty = sum(bool(k.faults) for k in kernels)

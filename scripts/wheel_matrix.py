@@ -14,10 +14,12 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -31,6 +33,7 @@ NUMPY = {  # the oldest NumPy that people pin for that Python, and the newest th
 }
 TORCH = ("3.11", "numpy", "torch==2.13.0")  # the one row with torch
 IMPORT_LIMIT_MS = 20.0
+SIZE_LIMIT_MB = 15.0
 
 SMOKE = """
 import json, subprocess, sys
@@ -89,23 +92,31 @@ def build_wheel():
     """Build exactly one wheel into dist/ and check its tag and its binary's symbols."""
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as copy:
         # From a copy: an old build/lib would slip stale modules into the wheel.
         left_out = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.so", "*.egg-info")
         shutil.copytree(ROOT, copy, ignore=left_out, dirs_exist_ok=True)
         run(sys.executable, "-m", "pip", "wheel", "--quiet", copy, "--no-deps", "-w", dist)
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     (wheel,) = dist.iterdir()
     if not re.fullmatch(r"lightforcing-[\w.]+-cp310-abi3-linux_\w+\.whl", wheel.name):
         raise SystemExit(f"{wheel.name}: expected one cp310-abi3 wheel")
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         (binary,) = (n for n in archive.namelist() if n.endswith(".so"))
         symbols = run("nm", "-D", archive.extract(binary, folder))
+        if wheel.stat().st_size > SIZE_LIMIT_MB * 1e6:
+            raise SystemExit(f"{wheel.name}: {wheel.stat().st_size} bytes, over {SIZE_LIMIT_MB} MB")
         if foreign := [s for s in symbols.splitlines() if re.search(r"torch|c10|_ZN2at", s)]:
             raise SystemExit(f"{binary} has torch symbols: {foreign[:3]}")
         exported = [s.split()[-1] for s in symbols.splitlines() if " T " in s]
         facts = {
             "wheel": wheel.name,
             "bytes": wheel.stat().st_size,
+            "build_seconds": round(seconds),
+            "build_processor_seconds": round(
+                after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            ),
             "files": len(archive.namelist()),
             "torch_symbols": 0,
             "exported": exported,
@@ -180,7 +191,8 @@ def main():
     options = parser.parse_args()
     wheel, facts = build_wheel()
     head = (
-        f"{facts['wheel']}: {facts['bytes'] / 1e3:.0f} kB, {facts['files']} files, "
+        f"{facts['wheel']}: {facts['bytes'] / 1e3:.0f} kB, {facts['files']} files, built in "
+        f"{facts['build_seconds']} s ({facts['build_processor_seconds']} s of processors), "
         f"no torch symbol in nm -D, exports {', '.join(facts['exported'])}"
     )
     print(head)
