@@ -12,7 +12,8 @@ from lightforcing.world import __main__ as command
 from lightforcing.world import checkpoint, train, weights
 from lightforcing.world.model import new_model
 from lightforcing.world.muon import Muon, orthogonal
-from lightforcing.world.train import RECIPES, Stage, Trainer, shortened, trained
+from lightforcing.world.recipe import RECIPES, Stage, shortened
+from lightforcing.world.train import Trainer, trained
 
 FOREVER = 1e9
 SHORT = (

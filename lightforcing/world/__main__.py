@@ -15,7 +15,8 @@ from ..models import load_wan
 from . import evaluate, render, weights
 from .data import clips
 from .model import MODELS, weights_of
-from .train import RECIPES, Trainer, shortened, trained
+from .recipe import RECIPES, shortened
+from .train import Trainer, trained
 
 
 def train(options) -> int:

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,49 +27,8 @@ from .layout import Layout
 from .metrics import means, score
 from .model import new_model, rollout, weights_of
 from .muon import Muon
+from .recipe import RECIPES, Stage
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a recipe.
-
-    Attributes:
-        view: pixels of a side.
-        seconds: its share of the clock.
-        batch: sequences a step.
-        steps: an end by steps, for tests.
-        short: share of the time on packed clips of 3 chunks.
-        rate: learning rate of Muon; AdamW has a twentieth.
-        ema: decay of the averaged weights.
-        mixed: every so many steps one is of the first stage's size, so that it is not forgotten.
-        slow: share of the steps on clips with a slow sweep.
-    """
-
-    view: int
-    seconds: float
-    batch: int
-    steps: int = 10**9
-    short: float = 0.0
-    rate: float = 0.02
-    ema: float = 0.996
-    mixed: int = 0
-    slow: float = 0.2
-
-
-RECIPES = {
-    "narrow": (
-        Stage(64, 250, 16, short=0.15),
-        Stage(128, 290, 4, rate=0.01, ema=0.99, mixed=3),
-    ),
-    "full": (
-        Stage(64, 300, 16, short=0.15),
-        Stage(128, 300, 4, rate=0.01, ema=0.99, mixed=3),
-    ),
-    "tiny": (
-        Stage(32, 20, 4, steps=12, short=0.25, ema=0.9),
-        Stage(64, 20, 1, steps=4, rate=0.01, ema=0.9, mixed=2),
-    ),
-}
 WARM_UP, DECAY = 50, 0.4  # steps, share of the clock
 SAVE_EVERY, PROBE_EVERY, LOG_EVERY = 30.0, 60.0, 20  # seconds, seconds, steps
 
@@ -390,17 +349,6 @@ TABLES = [
     for side in ("kv_", "full_kv_", "q_", "full_q_")
     for part in ("num_blocks", "indices")
 ]
-
-
-def shortened(recipe: tuple[Stage, ...], seconds: list[float]) -> tuple[Stage, ...]:
-    """The recipe with other times.
-
-    Raises:
-        ValueError: not one time for each stage.
-    """
-    if len(seconds) != len(recipe):
-        raise ValueError(f"stages: expected {len(recipe)} times, got {len(seconds)}")
-    return tuple(replace(s, seconds=t) for s, t in zip(recipe, seconds, strict=True))
 
 
 def trained(folder: str | os.PathLike) -> tuple[CausalWan, dict]:
