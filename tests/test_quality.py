@@ -1,0 +1,287 @@
+"""The quality table: budgets by hand, and whole small tables with a tiny world model."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_demo import model as tiny_model
+
+import lightforcing as lf
+from lightforcing import capturing, selectors, world
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import _judge  # noqa: E402
+import _paired  # noqa: E402
+import _quality_report  # noqa: E402
+import _rules  # noqa: E402
+import quality  # noqa: E402
+
+SMALL = _rules.Table(32, 16, 16, 2)  # 64 tokens a frame: four blocks
+
+
+# ---- budgets -----------------------------------------------------------------------------
+
+
+def test_every_law_keeps_the_same_total():
+    """At 16 blocks a frame and 0.88/0.98, as the paper's schedule rounds."""
+    for table in _rules.TABLES.values():
+        assert table.blocks == (96, 144, 192, 240, 288, 336)
+        assert table.counts("cag") == (16, 20, 24, 28, 31, 34)
+        assert table.counts("uniform") == (11, 17, 23, 28, 34, 40)
+        assert table.counts("count") == (26, 26, 26, 25, 25, 25)
+        assert {sum(table.counts(law)) for law in _rules.LAWS} == {153}
+    with pytest.raises(ValueError, match="law: expected one of cag, uniform, count, reversed"):
+        SMALL.counts("linear")
+
+
+def test_reversed_gives_early_chunks_the_late_shares():
+    kept, cag = (_rules.TABLES[64].counts(law) for law in ("reversed", "cag"))
+    share = np.divide(kept, _rules.TABLES[64].blocks)
+    assert (np.diff(share) > 0).all() and (np.diff(np.divide(cag, (96, 144, 192, 240, 288, 336)))
+                                           < 0).all()  # fmt: skip
+
+
+def test_shared_out_gives_the_largest_remainders():
+    assert _rules.shared_out([2.5, 1.2, 3.3], 7) == (3, 1, 3)
+    assert _rules.shared_out([0.2, 1.9], 3) == (1, 2)
+    with pytest.raises(ValueError, match="total: expected 6 to 9, got 10"):
+        _rules.shared_out([2.5, 1.2, 3.3], 10)
+
+
+@pytest.mark.parametrize("table", _rules.TABLES.values(), ids=str)
+def test_rows_are_unique_and_their_settings_hold(table):
+    made = _rules.rows(table, selectors.names())
+    names = [r.name for r in made]
+    assert len(set(names)) == len(names) and names[0] == "dense"
+    assert names[1:4] == ["mass count", "mean cag", "hsa cag"]
+    for row in made[1:]:
+        config = row.config(table)
+        kept = [
+            lf.plan_selection(3, 3 * (i + 2), table.frame_tokens, sparsity=s, hierarchy=False,
+                              block_k=table.block_k)[1] if s else 0
+            for i, s in enumerate(config.schedule[1:])
+        ]  # fmt: skip
+        assert tuple(kept) == row.kept
+        if row.group not in ("pareto", "chunks"):
+            assert sum(row.kept) == 153
+    paper = next(r for r in made if r.name == "hsa cag").config(table)
+    assert (paper.score, paper.hierarchy, paper.keep_frames) == ("mean", True, 6)
+
+
+def test_one_sparse_chunk_at_a_time():
+    made = _rules.starved(_rules.TABLES[64])
+    assert made["only 2 share"] == (9, 0, 0, 0, 0, 0)
+    assert made["only 7 share"] == (0, 0, 0, 0, 0, 33)
+    assert made["only 4 number"] == (0, 0, 21, 0, 0, 0)
+
+
+# ---- rows --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exam():
+    clips = world.clips(3, view=32)
+    made = quality.Exam(tiny_model(), clips, SMALL, 2)
+    made.run(_rules.Row("dense"))
+    return made
+
+
+def test_a_full_list_is_the_dense_row(exam):
+    dense = exam.run(_rules.Row("dense"))
+    full = exam.run(_rules.Row("full", selector="dense", kept=(5, 5, 5, 5, 5, 5)))
+    for name, values in dense["scores"].items():
+        assert values == pytest.approx(full["scores"][name], abs=2e-3, nan_ok=True), name
+    assert dense["kept"] == list(SMALL.blocks) and dense["clips"] == 3
+    assert max(full["scores"]["from_dense_6"]) < 1e-6
+
+
+def test_a_row_counts_what_was_kept_and_differs(exam):
+    row = _rules.Row("mass count", selector="mass", kept=SMALL.counts("count"))
+    made = exam.run(row)
+    assert made["kept"] == list(SMALL.counts("count")) == made["planned"]
+    assert len(made["scores"]["all"]) == 3 and made["scores"]["from_dense_1"][0] > 1e-6
+    batch = quality.Exam(exam.model, exam.clips, SMALL, 3)
+    again = batch.run(row)  # other batches, the same noise
+    assert again["scores"]["all"] == pytest.approx(made["scores"]["all"], abs=2e-3)
+
+
+def test_a_costly_row_takes_the_first_clips(exam):
+    row = _rules.Row("oracle cag", selector="oracle", kept=SMALL.counts("cag"), clips=0.34)
+    made = exam.run(row)
+    assert made["clips"] == 1 and len(made["scores"]["bare"]) == 1
+    assert made["kept"] == list(SMALL.counts("cag"))
+
+
+def test_random_is_the_floor_of_recall_and_the_oracle_the_top(exam):
+    tally = exam.judge(["random", "mean", "mass", "oracle"], 1, layers=[1])
+    found = {r["selector"]: r for r in tally.means()}
+    assert found["random"]["recall"] < min(found[n]["recall"] for n in ("mean", "mass"))
+    assert all(r["oracle_ratio"] <= 1 + 1e-6 for r in found.values())
+    assert found["oracle"]["oracle_ratio"] == pytest.approx(1)
+    assert {c["chunk"] for c in tally.cells} == {2, 3, 4, 5, 6, 7}
+    assert {c["step"] for c in tally.cells} == {0, 2, 4}
+    assert tally.heads("mass").shape == (1, 1)
+
+
+# ---- the store -----------------------------------------------------------------------------
+
+
+def test_a_row_counts_under_its_key_only(tmp_path):
+    path = tmp_path / "sub" / "rows.jsonl"
+    store = _paired.Store(path, {"commit": "a", "clips": 2})
+    store.put("dense", scores={"all": [1.0]})
+    with path.open("a") as file:
+        file.write('{"name": "torn", "ke')  # a killed run
+    again = _paired.Store(path, {"clips": 2, "commit": "a"})
+    assert again.names == ["dense"] and again["dense"]["scores"] == {"all": [1.0]}
+    again.put("mass", scores={})
+    assert _paired.Store(path, {"commit": "a", "clips": 2}).names == ["dense", "mass"]
+    assert _paired.Store(path, {"commit": "b", "clips": 2}).names == []
+
+
+def test_rows_are_run_once_and_in_time(exam, tmp_path):
+    store, said = _paired.Store(tmp_path / "r.jsonl", {}), []
+    todo = [_rules.Row("dense"), _rules.Row("mean cag", "main", "mean", SMALL.counts("cag"))]
+    quality.run_rows(exam, todo, store, 1e9, said.append)
+    assert store.names == ["dense", "mean cag"] and len(said) == 2
+    quality.run_rows(exam, todo, store, 1e9, said.append)
+    assert len(said) == 2
+    slow = SimpleNamespace(dense={}, run=lambda row: {"scores": {}, "kept": [1], "clips": 1,
+                                                      "seconds": 100.0})  # fmt: skip
+    fresh = _paired.Store(tmp_path / "s.jsonl", {})
+    quality.run_rows(slow, todo, fresh, 50.0, said.append)
+    assert fresh.names == ["dense"] and said[-1] == "no time left before mean cag"
+
+
+def test_only():
+    every = _rules.rows(_rules.TABLES[64], selectors.names())
+    picked = [r.name for r in quality.chosen(every, ["mass count", "sta"])]
+    assert picked == ["dense", "mass count", "sta cag", "sta count"]
+    with pytest.raises(SystemExit, match="no row best; there are dense, mass count"):
+        quality.chosen(every, ["best"])
+
+
+# ---- what is shown -------------------------------------------------------------------------
+
+
+def made_up_store(path):
+    """Two clips, dense and three rules, with differences known by hand."""
+    store = _paired.Store(path, {})
+
+    def put(name, bare, group="main", **more):
+        scores = {"all": bare, "bare": bare, "back": [np.nan, bare[1]], "glyph_easy": [1, 0],
+                  "glyph_hard": [0, 0], "ssim": [0.9, 0.8], "drift": [-0.5, -0.7]}  # fmt: skip
+        scores |= {f"from_dense_{i}": [1e-4 * i, 3e-4 * i] for i in range(1, 7)}
+        store.put(name, group=group, clips=2, planned=[1], kept=[16.0, 20, 24, 28, 31, 34],
+                  scores=scores, seconds=1.5, **more)  # fmt: skip
+
+    put("dense", [30.0, 20.0])
+    put("hsa cag", [28.0, 17.0])
+    put("mean cag", [29.0, 18.0])
+    put("mean only 2 share", [29.0, 18.0], "chunks")
+    cell = {
+        "selector": "mean",
+        "layer": 0,
+        "chunk": 2,
+        "step": 0,
+        "recall": 0.5,
+        "recall_p5": 0.1,
+        "oracle_ratio": 0.9,
+        "rel_l2": 0.3,
+        "density": 0.12,
+        "recall_heads": [0.4, 0.6],
+    }
+    store.put("recall", clips=1, cells=[cell, cell | {"recall": 0.7, "layer": 1}], notes={})
+    return store
+
+
+FACTS = dict(device="x", commit="c", weights="w", torch="t", view=64, frame_tokens=256, block_k=16,
+             block_q=16, sweep="quick", seed=0, clips=2)  # fmt: skip
+
+
+def test_the_summary_by_hand(tmp_path):
+    made = _quality_report.summary(made_up_store(tmp_path / "r.jsonl"), _rules.TABLES[64], FACTS)
+    rows = {r["name"]: r for r in made["rows"]}
+    assert list(rows) == ["dense", "hsa cag", "mean cag", "mean only 2 share"]
+    assert rows["hsa cag"]["mean"]["bare"] == 22.5
+    mean, low, high = rows["hsa cag"]["against_dense"]["bare"]
+    assert (mean, low, high) == (-2.5, -3.0, -2.0)
+    assert rows["hsa cag"]["against_dense"]["back"][0] == -3.0  # the first clip has no such region
+    assert rows["hsa cag"]["density"] == pytest.approx(153 / 1296)
+    first = made["questions"]["H3, the paper's frame stage against others at its schedule"]
+    assert [(q["first"], q["second"], q["all"][0]) for q in first] == [
+        ("hsa cag", "mean cag", -1.0)
+    ]
+    assert made["recall"]["means"][0]["recall"] == pytest.approx(0.6)
+    assert made["recall"]["heads"]["mean"] == [[0.4, 0.6]] * 2
+
+
+def test_the_files_of_a_table(tmp_path):
+    store = made_up_store(tmp_path / "r.jsonl")
+    made = _quality_report.summary(store, _rules.TABLES[64], FACTS)
+    _quality_report.write(made, tmp_path / "out" / "quality-64")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "quality-64.json", "quality-64.png", "quality-64.txt",
+    ]  # fmt: skip
+    text = (tmp_path / "out" / "quality-64.txt").read_text()
+    line = next(x for x in text.splitlines() if x.startswith("hsa cag "))
+    assert "-2.50 [-3.00 -2.00]" in line and "0.50 0.00" in line
+    assert "mean only 2 share            2.00" in text
+    assert "hsa cag - mean cag" in text
+    assert json.loads((tmp_path / "out" / "quality-64.json").read_text())["facts"] == FACTS
+
+
+# ---- captured calls ------------------------------------------------------------------------
+
+
+def planted(folder, chunk, seed):
+    """A call in which every query block's mass is on four known blocks of other frames."""
+    draw = np.random.default_rng(seed)
+    tokens, dim = 64, 32
+    k = 0.3 * draw.standard_normal((1, 3 * chunk * tokens, 1, dim))
+    q = 0.3 * draw.standard_normal((1, 3 * tokens, 1, dim))
+    for row in range(12):  # query blocks of 16
+        mark = draw.standard_normal(dim)
+        mark *= 6 / np.linalg.norm(mark)
+        q[0, 16 * row : 16 * row + 16, 0] += mark
+        for block in draw.choice(3 * chunk * 4, 4, replace=False):
+            k[0, 16 * block : 16 * block + 16, 0] += mark
+    tensors = [torch.tensor(x, dtype=torch.float32) for x in (q, k, k)]
+    facts = capturing.Facts(
+        layer=0, chunk=chunk, step=0, number=0, first_frame=3 * (chunk - 1), frame_tokens=tokens,
+        grid=(8, 8), frames_per_chunk=3, window=None, scale=dim**-0.5, model="Planted",
+    )  # fmt: skip
+    return capturing.save(folder, capturing.Captured(*tensors, facts))
+
+
+def test_the_captured_table_finds_planted_blocks(tmp_path, capsys):
+    for chunk in (3, 4):
+        planted(tmp_path, chunk, chunk)
+    arguments = ["--captured", str(tmp_path), "--only", "mass", "mean", "random", "oracle", "sta",
+                 "--sparsity", "0.85", "--block-q", "16", "--block-k", "16", "--device", "cpu",
+                 "--results", str(tmp_path / "made")]  # fmt: skip
+    assert quality.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "2 calls of" in shown and "15% of the key blocks kept" in shown
+    record = json.loads((tmp_path / "made.json").read_text())
+    found = {r["selector"]: r for r in record["means"]}
+    assert found["oracle"]["recall"] > 0.7
+    assert found["mass"]["oracle_ratio"] > 0.98 and found["mean"]["oracle_ratio"] > 0.95
+    assert found["random"]["recall"] < 0.3 and found["sta"]["recall"] < 0.5
+    assert {r["calls"] for r in record["means"]} == {2}
+
+
+def test_a_selector_that_cannot_is_left_out_with_its_reason(tmp_path):
+    call = capturing.load(planted(tmp_path, 3, 0))
+    blind = SimpleNamespace(**vars(call) | {"facts": SimpleNamespace(
+        **{f: getattr(call.facts, f) for f in call.facts.__dataclass_fields__} | {"grid": None}
+    )})  # fmt: skip
+    notes = {}
+    found = _judge.judge(blind, ["sta", "mass"], sparsity=0.8, block_q=16, block_k=16, notes=notes)
+    assert list(found) == ["mass"] and "grid" in notes["sta"]
+    assert "oracle" not in found
