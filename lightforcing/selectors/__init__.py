@@ -9,6 +9,7 @@ row keeps is the schedule's affair. :func:`register` adds a selector of yours un
 
 from functools import partial
 
+from . import metrics
 from .base import Geometry, Selector, make, names, register, to_dict, token_places
 from .budget import Budget
 from .builtin import Hsa, Lse, Mass, Mean
@@ -107,5 +108,5 @@ def select(
 
 
 __all__ = ["Budget", "Cubes", "Dense", "Geometry", "Hsa", "Lse", "Mass", "Mean", "Oracle",
-           "Radial", "Random", "Selector", "SlidingTile", "Sparge", "Vmoba", "make", "names",
+           "Radial", "Random", "Selector", "SlidingTile", "Sparge", "Vmoba", "make", "metrics", "names",
            "register", "select", "to_dict", "token_places"]  # fmt: skip
