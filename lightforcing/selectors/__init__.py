@@ -108,5 +108,5 @@ def select(
 
 
 __all__ = ["Budget", "Cubes", "Dense", "Geometry", "Hsa", "Lse", "Mass", "Mean", "Oracle",
-           "Radial", "Random", "Selector", "SlidingTile", "Sparge", "Vmoba", "make", "metrics", "names",
-           "register", "select", "to_dict", "token_places"]  # fmt: skip
+           "Radial", "Random", "Selector", "SlidingTile", "Sparge", "Vmoba", "make", "metrics",
+           "names", "register", "select", "to_dict", "token_places"]  # fmt: skip
