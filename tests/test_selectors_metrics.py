@@ -9,7 +9,17 @@ from selector_rules import key_blocks, lists, mass_table, ragged, tiles_8
 
 import lightforcing as lf
 from lightforcing import reference
-from lightforcing.selectors import Budget, Geometry, exact, make, metrics, names, token_places
+from lightforcing.capturing import Captured, Facts
+from lightforcing.selectors import (
+    Budget,
+    Geometry,
+    calibrate,
+    exact,
+    make,
+    metrics,
+    names,
+    token_places,
+)
 
 EXACT = [n for n in names() if make(n).exact]
 CONTENT = ["mean", "sparge", "sparge-topp", "vsa", "hsa", "lse", "mass", "oracle"]
@@ -49,6 +59,7 @@ def test_metrics_are_the_definitions(g, dtype, name):
     assert m["rel_l2"] == pytest.approx(np.sqrt((off**2).sum() / (dense**2).sum()), rel=1e-5)
     assert m["density"] == blocks.density and m["oracle_ratio"] is None
     np.testing.assert_allclose(m["recall_heads"], share.mean((0, 2)), atol=1e-6)
+    assert sum(m["error_heads"]) == pytest.approx(m["rel_l2"] ** 2, rel=1e-5)
     errors = np.sqrt((off**2).sum((0, 1, 3)) / (dense**2).sum((0, 1, 3)))
     np.testing.assert_allclose(m["rel_l2_heads"], errors, rtol=1e-5)
 
@@ -277,3 +288,48 @@ def test_a_budget_from_measured_errors():
     ):
         with pytest.raises(ValueError, match=words):
             Budget.from_errors(errors, steps, 1)
+
+
+def captured(layer, chunk, seed=0):
+    """A call of a layer whose second head looks everywhere and whose first looks at one place."""
+    generator = torch.Generator().manual_seed(100 * layer + seed)
+    past = 3 * (chunk - 1)
+    q = torch.randn(1, 3 * 64, 2, 32, generator=generator)
+    k, v = (torch.randn(1, (past + 3) * 64, 2, 32, generator=generator) for _ in range(2))
+    k[:, :, 0] = k[:, :, 0].unflatten(1, (-1, 16))[:, :, :1].expand(-1, -1, 16, -1).flatten(1, 2)
+    q[:, :, 0] = 3 * q[:, :1, 0]
+    facts = Facts(layer, chunk, 0, 0, past, 64, (8, 8), 3, None, 32**-0.5, "Layer", "morton")
+    return Captured(q, k, v, facts)
+
+
+@pytest.mark.parametrize("selector", ["mass", "mean", "sta"])
+def test_calibration_lowers_the_error_at_the_same_total(selector):
+    calls = [captured(layer, chunk) for layer in range(2) for chunk in (1, 2, 3, 4)]
+    config = lf.Config(sparsity=0.75, num_frames=12, block_q=32, block_k=16, selector=selector)
+    budget = calibrate(calls, config)
+    assert len(budget.shares) == 2 and len(budget.shares[0]) == 2
+
+    def error(by_head):
+        total = 0.0
+        for call in calls:
+            g = Geometry(64, 3, 3 * call.facts.chunk, 4, 32, 16, (8, 8), "morton")
+            kept = g.blocks // 4
+            counts = tuple(budget.counts(kept, g.blocks)[call.facts.layer].tolist())
+            g = dataclasses.replace(g, kept=kept, kept_by_head=counts if by_head else None)
+            if call.facts.chunk > 1:
+                m = metrics.measure(
+                    call.q, call.k, call.v, make(selector).select(call.q, call.k, g)
+                )
+                total += sum(m["error_heads"])
+        return total
+
+    assert error(True) < error(False)
+    if selector != "sta":
+        assert all(flat > peaked for peaked, flat in budget.shares)
+
+
+def test_calibration_needs_every_layer():
+    config = lf.Config(sparsity=0.75, num_frames=12, block_q=32, block_k=16)
+    for calls in ([], [captured(0, 1)], [captured(1, 3)]):
+        with pytest.raises(ValueError, match="calls: expected sparse calls of every layer"):
+            calibrate(calls, config)

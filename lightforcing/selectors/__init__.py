@@ -13,6 +13,7 @@ from . import metrics
 from .base import Geometry, Selector, make, names, register, to_dict, token_places
 from .budget import Budget
 from .builtin import Hsa, Lse, Mass, Mean
+from .calibrate import calibrate
 from .dense import Dense
 from .oracle import Oracle
 from .radial import Radial
@@ -108,5 +109,5 @@ def select(
 
 
 __all__ = ["Budget", "Cubes", "Dense", "Geometry", "Hsa", "Lse", "Mass", "Mean", "Oracle",
-           "Radial", "Random", "Selector", "SlidingTile", "Sparge", "Vmoba", "make", "metrics",
-           "names", "register", "select", "to_dict", "token_places"]  # fmt: skip
+           "Radial", "Random", "Selector", "SlidingTile", "Sparge", "Vmoba", "calibrate", "make",
+           "metrics", "names", "register", "select", "to_dict", "token_places"]  # fmt: skip

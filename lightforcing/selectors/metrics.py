@@ -37,7 +37,8 @@ def measure(
         attention mass that the kept keys hold, mean over rows and heads), ``recall_p5`` (its 5th
         percentile over rows), ``oracle_ratio`` (recall over the oracle's; None without),
         ``rel_l1`` and ``rel_l2`` (``|O' - O| / |O|`` over the whole tensor), ``density``;
-        ``recall_heads`` and ``rel_l2_heads``, lists of H floats.
+        ``recall_heads``, ``rel_l2_heads`` and ``error_heads`` (a head's part of the square of
+        ``rel_l2``), lists of H floats.
 
     Raises:
         ValueError: a list is of another geometry.
@@ -57,7 +58,7 @@ def measure(
     values = v.transpose(1, 2).flatten(0, 1)
     maps = {n: _map(x, q).flatten(0, 1) for n, x in named.items()}
     rows = {n: torch.zeros(batch * heads, first.q_len, device=q.device) for n in named}
-    sums = {n: torch.zeros(3, batch * heads, dtype=torch.float64, device=q.device) for n in named}
+    sums = {n: torch.zeros(2, batch * heads, dtype=torch.float64, device=q.device) for n in named}
     dense = torch.zeros(2, batch * heads, dtype=torch.float64, device=q.device)
     for some, part, p in slabs(q, k, first.block_q, scale):
         size = min(first.block_q, part.stop - part.start)
@@ -81,7 +82,7 @@ def measure(
     for name, blocks in named.items():
         recalled = rows[name].double()
         mean = recalled.mean().item()
-        by_head = sums[name].view(3, batch, heads).sum(1)
+        by_head = sums[name].view(2, batch, heads).sum(1)
         base = dense.view(2, batch, heads).sum(1)
         result[name] = {
             "recall": mean,
@@ -92,6 +93,7 @@ def measure(
             "density": blocks.density,
             "recall_heads": recalled.view(batch, heads, -1).mean((0, 2)).tolist(),
             "rel_l2_heads": (by_head[1] / base[1]).sqrt().tolist(),
+            "error_heads": (by_head[1] / base[1].sum()).tolist(),
         }
     return result[""] if single else result
 
