@@ -107,8 +107,9 @@ typedef struct {
     lf_tensor q;        // [B, q_frames*T, H, D]: the last tokens of the key sequence
     lf_tensor k;        // [B, k_frames*T, H, D]
     lf_tensor k_means;  // float32 means of the first `means_frames` frames; data NULL if none
-    int32_t *indices;   // [B, H, R, kept] contiguous, ascending in a row
-    float *scores;      // [B, H, R, J] contiguous block scores; NULL: not wanted
+    int store_means;   // 1: k_means has rows for all frames, and the missing ones are written there
+    int32_t *indices;  // [B, H, R, kept] contiguous, ascending in a row
+    float *scores;     // [B, H, R, J] contiguous block scores; NULL: not wanted
     int64_t batch, heads, dim, q_frames, k_frames, frame_tokens, means_frames;
     int64_t block_q, block_k;
     int64_t kept, keep_frames, sink_frames, near_frames;  // as lf_select_plan() answers
@@ -126,6 +127,29 @@ lf_select_budget lf_select_plan(int64_t q_frames, int64_t k_frames, int64_t fram
                                 int64_t block_k, double sparsity, int64_t keep_frames,
                                 int hierarchy);
 
+/* The pooling that store_means asks for, and the selection that is left when it is done. */
+static inline lf_compress_params lf_missing_means(lf_select_params *p)
+{
+    const int64_t part = p->score == LF_SCORE_MEAN ? p->block_k : p->block_k / 4;
+    const int64_t size = p->dtype == LF_F32 ? 4 : 2, token = p->means_frames * p->frame_tokens;
+    const int64_t row = p->means_frames * lf_frame_blocks(p->frame_tokens, part);
+    lf_compress_params missing = {p->k,
+                                  p->k_means,
+                                  p->batch,
+                                  p->heads,
+                                  p->dim,
+                                  p->k_frames - p->means_frames,
+                                  p->frame_tokens,
+                                  part,
+                                  p->dtype};
+
+    missing.x.data = (char *)p->k.data + token * p->k.token * size;
+    missing.out.data = (float *)p->k_means.data + row * p->k_means.token;
+    p->means_frames = p->k_frames;
+    p->store_means = 0;
+    return missing;
+}
+
 int lf_select_cpu(const lf_select_params *p, lf_error *err);
 
 /* Bytes of device memory that lf_select_cuda() works in; their content does not matter. */
@@ -138,7 +162,7 @@ typedef struct {
     lf_tensor q, k, v, out;  // [B, Lq | Lk, H, D] of `dtype`
     float *lse;              // [B, H, Lq] contiguous, natural log; NULL: not wanted
     const int32_t *indices;  // [B, H, R, max_count] contiguous; NULL: dense
-    const int32_t *counts;   // [B, H, R] contiguous
+    const int32_t *counts;   // [B, H, R] contiguous; NULL: every row has max_count
     int64_t batch, heads, dim, q_len, k_len;
     int64_t frame_tokens, block_q, block_k, max_count;  // of the list; unused when dense
     float scale;
@@ -180,6 +204,9 @@ const char *lf_cuda_archs(void);
 
 /* Versions as CUDA counts them (13000 is 13.0), 0 if unknown; returns 0 or CUDA's error number. */
 int lf_cuda_versions(int *driver, int *runtime, int *devices);
+
+/* The number of the graph that a stream is being captured in, 0 if it is not. */
+uint64_t lf_cuda_capture(lf_place place);
 
 /* Loads every kernel on a device and sets its attributes, so that no later call does it (a CUDA
  * graph could not capture that). */

@@ -137,7 +137,9 @@ int lf_attend_cpu(const lf_attend_params *p, lf_error *err)
             .row = row,
             .rows = left < tile_rows ? left : tile_rows,
             .blocks = p->indices ? p->indices + i * p->max_count : NULL,
-            .block_count = p->indices ? p->counts[i] : 0,
+            .block_count = !p->indices ? 0
+                           : p->counts ? p->counts[i]
+                                       : p->max_count,
         };
         engine->run(&tile, work ? work + this_thread() * work_stride : NULL);
     }

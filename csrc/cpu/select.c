@@ -351,6 +351,11 @@ static void free_workspace(workspace *w)
 
 int lf_select_cpu(const lf_select_params *p, lf_error *err)
 {
+    if (p->store_means) {
+        lf_select_params rest = *p;
+        const lf_compress_params missing = lf_missing_means(&rest);
+        return lf_compress_cpu(&missing, err) < 0 ? -1 : lf_select_cpu(&rest, err);
+    }
     const geometry g = measure(p);
     const int64_t heads = p->batch * p->heads, panel_size = g.stride * p->dim;
     int failed = 0;

@@ -60,7 +60,7 @@ __device__ inline Work find_work(const lf_attend_params &p, const Plan &plan)
     w.v = static_cast<const char *>(p.v.data) + 2 * (w.batch * p.v.batch + w.head * p.v.head);
     w.list = p.indices ? p.indices + i * p.max_count : nullptr;
     w.entries = plan.entries;
-    if (p.indices) w.entries = uint32_t(min(max(p.counts[i], 0), int32_t(plan.entries)));
+    if (p.counts) w.entries = uint32_t(min(max(p.counts[i], 0), int32_t(plan.entries)));
     w.steps = ((w.entries << plan.steps_log2) + (1u << plan.pieces_log2) - 1) >> plan.pieces_log2;
     w.first = int64_t(list_row) * plan.rows_per_item + skipped;
     const int64_t rows = min(int64_t(plan.rows_per_item) - skipped, p.q_len - w.first);

@@ -40,7 +40,8 @@ static_assert(SHARED_BYTES <= 232448, "one CTA has 227 KB of shared memory");
 struct Params {
     void *out;
     float *lse;
-    const int32_t *indices, *counts;  // NULL: dense
+    const int32_t *indices;  // NULL: dense
+    const int32_t *counts;   // NULL: all rows have max_count
     int64_t out_batch, out_token, out_head;
     int64_t max_count;
     int heads, q_tiles, tiles, q_len, k_len;
@@ -149,8 +150,9 @@ __device__ __forceinline__ Ahead look_ahead(const Params &p, int i)
     if (!a.more) return a;
     const int at = 2 * a.first + int(threadIdx.x) % 32;
     a.index = -1;
-    if (p.counts) {
-        a.count = p.counts[a.item.tile];  // [B, H, R] is the order of the tiles
+    if (p.indices) {
+        // [B, H, R] is the order of the tiles
+        a.count = p.counts ? p.counts[a.item.tile] : int(p.max_count);
         if (at < p.max_count) a.index = p.indices[a.item.tile * p.max_count + at];
     } else {
         a.count = (p.k_len + HALF - 1) / HALF;

@@ -31,6 +31,20 @@ extern "C" int lf_cuda_versions(int *driver, int *runtime, int *devices)
     return int(status);
 }
 
+extern "C" uint64_t lf_cuda_capture(lf_place place)
+{
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+
+    // The legacy stream answers with an error while another one is captured: it is not itself.
+    if (cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(place.stream), &status, &id, nullptr,
+                                 nullptr, nullptr, nullptr) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return 0;
+    }
+    return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
 extern "C" int lf_cuda_warmup(int device, lf_error *err)
 {
     int major = 0, minor = 0;

@@ -276,6 +276,13 @@ extern "C" int64_t lf_select_cuda_workspace(const lf_select_params *p)
 extern "C" int lf_select_cuda(const lf_select_params *p, void *workspace, lf_place place,
                               lf_error *err)
 {
+    if (p->store_means) {
+        lf_select_params rest = *p;
+        const lf_compress_params missing = lf_missing_means(&rest);
+        return lf_compress_cuda(&missing, place, err) < 0
+                   ? -1
+                   : lf_select_cuda(&rest, workspace, place, err);
+    }
     const lf::DeviceGuard guard(place.device);
     Device device;
 

@@ -209,7 +209,7 @@ static int read_dltensor(const DLTensor *t, lf_arg *arg)
 }
 
 /* The exchange table of a type, or NULL without an exception. */
-static const DLPackExchangeAPI *exchange_table(PyTypeObject *type)
+static const DLPackExchangeAPI *find_table(PyTypeObject *type)
 {
     PyObject *capsule = PyObject_GetAttrString((PyObject *)type, "__dlpack_c_exchange_api__");
     const DLPackExchangeAPI *table = NULL;
@@ -221,6 +221,30 @@ static const DLPackExchangeAPI *exchange_table(PyTypeObject *type)
     while (table && table->header.version.major != DLPACK_MAJOR_VERSION)
         table = (const DLPackExchangeAPI *)table->header.prev_api;
     return table && table->dltensor_from_py_object_no_sync ? table : NULL;
+}
+
+/* The same; the last type that has one is remembered (and kept alive), since looking it up takes
+ * longer than all the rest. Under the GIL. */
+static const DLPackExchangeAPI *exchange_table(PyTypeObject *type)
+{
+    static PyTypeObject *known;
+    static const DLPackExchangeAPI *known_table;
+    const DLPackExchangeAPI *table;
+
+    if (type == known) return known_table;
+    table = find_table(type);
+    if (table) {
+        PyTypeObject *before = known;
+        known = (PyTypeObject *)Py_NewRef((PyObject *)type);
+        known_table = table;
+        Py_XDECREF((PyObject *)before);
+    }
+    return table;
+}
+
+int lf_has_table(PyObject *object)
+{
+    return !PyArray_Check(object) && exchange_table(Py_TYPE(object)) != NULL;
 }
 
 /* obj.__dlpack__(), asking first for version 1, then as before there were versions. */

@@ -40,6 +40,10 @@ typedef struct {
 int lf_borrow(PyObject *object, const char *name, lf_arg *arg);
 void lf_release(lf_arg *arg);
 
+/* 1 if the type of `object` has a DLPack exchange table: then lf_borrow() takes about 50 ns, asks
+ * nothing of Python and leaves nothing to release. */
+int lf_has_table(PyObject *object);
+
 /* `object` if it is not None, else empty(shape, dtype) called with the sizes of `letters`. The
  * result must be writable and is kept in arg->owner. A NULL object and None are the same. */
 int lf_borrow_out(PyObject *object, PyObject *empty, const char *name, const char *letters,
@@ -50,6 +54,7 @@ int lf_shape(const lf_arg *arg, const char *letters, lf_dims *dims);
 int lf_contiguous(const lf_arg *arg);
 
 /* An output must not lie over itself, nor over the memory of an input. */
+int lf_inside(const lf_arg *part, const lf_arg *whole);  // 1: no byte of part lies elsewhere
 int lf_apart(const lf_arg *out, int count, const lf_arg *const inputs[]);
 
 /* dtype must equal `like`'s; or one of f32, f16, bf16. */

@@ -99,6 +99,16 @@ static int is_empty(const lf_arg *arg)
     return 0;
 }
 
+int lf_inside(const lf_arg *part, const lf_arg *whole)
+{
+    uintptr_t first, last, from, to;
+
+    if (is_empty(part) || is_empty(whole)) return 0;
+    byte_range(part, &first, &last);
+    byte_range(whole, &from, &to);
+    return from <= first && last <= to;
+}
+
 int lf_apart(const lf_arg *out, int count, const lf_arg *const inputs[])
 {
     uintptr_t first, last, from, to;

@@ -2,7 +2,9 @@
 #include "ops.h"
 #define PY_ARRAY_UNIQUE_SYMBOL lf_array_api
 #include <numpy/arrayobject.h>
+#include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 static PyObject *py_threads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
@@ -54,6 +56,18 @@ static PyObject *py_cuda_warmup(PyObject *Py_UNUSED(module), PyObject *device)
     return status < 0 ? lf_raise(&err) : Py_NewRef(Py_None);
 }
 
+/* is_disabled(): does LIGHTFORCING_DISABLE say so? Anything but nothing, 0, false, no, off does. */
+static PyObject *py_is_disabled(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    static const char *const no[] = {"", "0", "false", "no", "off"};
+    const char *value = getenv("LIGHTFORCING_DISABLE");
+    int disabled = value != NULL;
+
+    for (size_t i = 0; disabled && i < sizeof no / sizeof *no; i++)
+        disabled = strcasecmp(value, no[i]) != 0;
+    return PyBool_FromLong(disabled);
+}
+
 /* force_kernel(name): "auto", "portable" or "sm90" for the attention of later CUDA calls. */
 static PyObject *py_force_kernel(PyObject *Py_UNUSED(module), PyObject *name)
 {
@@ -68,6 +82,7 @@ static PyObject *py_force_kernel(PyObject *Py_UNUSED(module), PyObject *name)
                             "kernel: expected 'auto', 'portable' or 'sm90' in a build with CUDA, "
                             "got %R",
                             name);
+    lf_expire_plans();
     return Py_NewRef(Py_None);
 }
 
@@ -105,6 +120,9 @@ static PyMethodDef methods[] = {
     LF_FAST(select_plan),
     LF_FAST(select_blocks),
     LF_FAST(block_sparse_attention),
+    LF_FAST(facts),
+    LF_FAST(plan_step),
+    LF_FAST(sparse_step),
     LF_FAST(lists_to_bool),
     LF_FAST(lists_to_csr),
     LF_FAST(bool_to_lists),
@@ -113,6 +131,7 @@ static PyMethodDef methods[] = {
     {"isa", py_isa, METH_NOARGS, NULL},
     {"force_isa", py_force_isa, METH_O, NULL},
     {"cuda_warmup", py_cuda_warmup, METH_O, NULL},
+    {"is_disabled", py_is_disabled, METH_NOARGS, NULL},
     {"force_kernel", py_force_kernel, METH_O, NULL},
     {"build_info", py_build_info, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -2,51 +2,8 @@
  *
  * Arguments are positional; lightforcing/ops.py is the public face. `empty` is the caller's
  * allocator, empty(shape, dtype name), so that memory comes from where the inputs came from. */
+#include "numbers.h"
 #include "ops.h"
-#include <math.h>
-#include <string.h>
-
-/* A whole number of frames in `tokens`. */
-static int whole_frames(const char *name, const char *letter, int64_t tokens, int64_t frame_tokens)
-{
-    if (tokens % frame_tokens == 0) return 0;
-    PyErr_Format(PyExc_ValueError,
-                 "%s: expected whole frames of %lld tokens (frame_tokens), got %s = %lld", name,
-                 (long long)frame_tokens, letter, (long long)tokens);
-    return -1;
-}
-
-static int block_size(PyObject *object, const char *name, int64_t low, int64_t *block)
-{
-    if (lf_integer(object, name, low, 128, block) < 0) return -1;
-    if ((*block & (*block - 1)) == 0) return 0;
-    PyErr_Format(PyExc_ValueError, "%s: expected a power of two from %lld to 128, got %lld", name,
-                 (long long)low, (long long)*block);
-    return -1;
-}
-
-static int head_size(const lf_arg *arg, int64_t dim)
-{
-    if (dim >= 1 && dim <= 256 && dim % 8 == 0) return 0;
-    PyErr_Format(PyExc_ValueError,
-                 "%s: expected a head size D that is a multiple of 8 up to 256, "
-                 "got %lld",
-                 arg->name, (long long)dim);
-    return -1;
-}
-
-/* None is D^-0.5; else a finite number above 0. */
-static int softmax_scale(PyObject *object, int64_t dim, double *scale)
-{
-    if (object == Py_None) {
-        *scale = 1.0 / sqrt((double)dim);
-        return 0;
-    }
-    if (lf_number(object, "scale", scale) < 0) return -1;
-    if (*scale > 0 && (float)*scale > 0 && isfinite((float)*scale)) return 0;
-    PyErr_Format(PyExc_ValueError, "scale: expected a finite number above 0, got %R", object);
-    return -1;
-}
 
 /* compress(x, out | None, empty, frame_tokens, block, stream | None) -> out */
 PyObject *py_compress(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
@@ -63,10 +20,10 @@ PyObject *py_compress(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
     if (lf_borrow(args[0], "x", &x) < 0 || lf_shape(&x, "BLHD", &dims) < 0) goto done;
     if (lf_is_float(&x) < 0) goto done;
     if (lf_placed("compress", 1, (const lf_arg *[]){&x}, args[5], &place) < 0) goto done;
-    if (head_size(&x, LF_DIM(dims, 'D')) < 0) goto done;
+    if (lf_head_size(&x, LF_DIM(dims, 'D')) < 0) goto done;
     if (lf_integer(args[3], "frame_tokens", 1, INT32_MAX, &p.frame_tokens) < 0) goto done;
-    if (block_size(args[4], "block", 4, &p.block) < 0) goto done;
-    if (whole_frames("x", "L", LF_DIM(dims, 'L'), p.frame_tokens) < 0) goto done;
+    if (lf_block_size(args[4], "block", 4, &p.block) < 0) goto done;
+    if (lf_whole_frames("x", "L", LF_DIM(dims, 'L'), p.frame_tokens) < 0) goto done;
 
     p.frames = LF_DIM(dims, 'L') / p.frame_tokens;
     LF_DIM(dims, 'J') = p.frames * lf_frame_blocks(p.frame_tokens, p.block);
@@ -92,62 +49,12 @@ done:
     return result;
 }
 
-/* score name -> lf_score */
-static int read_score(PyObject *object, lf_score *score)
-{
-    static const char *const names[] = {"mean", "mass", "lse"};
-    const char *text = PyUnicode_Check(object) ? PyUnicode_AsUTF8AndSize(object, NULL) : NULL;
-
-    for (int i = 0; text && i < 3; i++) {
-        if (strcmp(text, names[i]) == 0) {
-            *score = (lf_score)i;
-            return 0;
-        }
-    }
-    PyErr_Clear();
-    PyErr_Format(text ? PyExc_ValueError : PyExc_TypeError,
-                 "score: expected 'mean', 'mass' or 'lse', got %R", object);
-    return -1;
-}
-
-/* What select_blocks and select_plan share: the budget of a call. */
-typedef struct {
-    int64_t keep_frames, sink_frames, near_frames;
-    double sparsity;
-    int hierarchy;
-} budget_arguments;
-
-static int read_budget(PyObject *sparsity, PyObject *keep, PyObject *sink, PyObject *near,
-                       PyObject *hierarchy, budget_arguments *b)
-{
-    if (lf_number(sparsity, "sparsity", &b->sparsity) < 0) return -1;
-    if (!(b->sparsity >= 0 && b->sparsity <= 1)) {
-        PyErr_Format(PyExc_ValueError, "sparsity: expected a number in [0, 1], got %R", sparsity);
-        return -1;
-    }
-    if (lf_integer(keep, "keep_frames", 0, INT32_MAX, &b->keep_frames) < 0) return -1;
-    if (lf_integer(sink, "sink_frames", 0, INT32_MAX, &b->sink_frames) < 0) return -1;
-    if (lf_integer(near, "near_frames", 0, INT32_MAX, &b->near_frames) < 0) return -1;
-    if (b->sink_frames + b->near_frames > b->keep_frames) {
-        PyErr_Format(PyExc_ValueError,
-                     "keep_frames: expected at least sink_frames + near_frames = %lld, got %lld",
-                     (long long)(b->sink_frames + b->near_frames), (long long)b->keep_frames);
-        return -1;
-    }
-    if (!PyBool_Check(hierarchy)) {
-        PyErr_Format(PyExc_TypeError, "hierarchy: expected True or False, got %R", hierarchy);
-        return -1;
-    }
-    b->hierarchy = hierarchy == Py_True;
-    return 0;
-}
-
 /* select_plan(q_frames, k_frames, frame_tokens, block_k, sparsity, keep_frames, hierarchy)
  * -> (blocks, kept, keep_frames) */
 PyObject *py_select_plan(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     int64_t q_frames, k_frames, frame_tokens, block_k;
-    budget_arguments b = {0};
+    lf_budget_arguments b = {0};
     PyObject *zero = PyLong_FromLong(0), *result = NULL;
     lf_select_budget budget;
 
@@ -155,8 +62,8 @@ PyObject *py_select_plan(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     if (lf_integer(args[0], "q_frames", 1, INT32_MAX, &q_frames) < 0) goto done;
     if (lf_integer(args[1], "k_frames", q_frames, INT32_MAX, &k_frames) < 0) goto done;
     if (lf_integer(args[2], "frame_tokens", 1, INT32_MAX, &frame_tokens) < 0) goto done;
-    if (block_size(args[3], "block_k", 16, &block_k) < 0) goto done;
-    if (read_budget(args[4], args[5], zero, zero, args[6], &b) < 0) goto done;
+    if (lf_block_size(args[3], "block_k", 16, &block_k) < 0) goto done;
+    if (lf_read_budget(args[4], args[5], zero, zero, args[6], &b) < 0) goto done;
     budget = lf_select_plan(q_frames, k_frames, frame_tokens, block_k, b.sparsity, b.keep_frames,
                             b.hierarchy);
     result = Py_BuildValue("(LLL)", (long long)budget.blocks, (long long)budget.kept,
@@ -202,7 +109,7 @@ PyObject *py_select_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, P
     lf_dims dims = {0};
     lf_error err = {0};
     lf_select_params p = {0};
-    budget_arguments b = {0};
+    lf_budget_arguments b = {0};
     lf_select_budget budget;
     lf_place place;
     PyObject *result = NULL;
@@ -213,21 +120,21 @@ PyObject *py_select_blocks(PyObject *Py_UNUSED(module), PyObject *const *args, P
     if (lf_borrow(args[1], "k", &k) < 0 || lf_shape(&k, "BKHD", &dims) < 0) goto done;
     if (lf_is_float(&q) < 0 || lf_same_dtype(&k, &q) < 0) goto done;
     if (lf_placed("select_blocks", 2, (const lf_arg *[]){&q, &k}, args[15], &place) < 0) goto done;
-    if (head_size(&q, LF_DIM(dims, 'D')) < 0) goto done;
+    if (lf_head_size(&q, LF_DIM(dims, 'D')) < 0) goto done;
     if (lf_integer(args[4], "frame_tokens", 1, INT32_MAX, &p.frame_tokens) < 0) goto done;
-    if (whole_frames("q", "Lq", LF_DIM(dims, 'Q'), p.frame_tokens) < 0) goto done;
-    if (whole_frames("k", "Lk", LF_DIM(dims, 'K'), p.frame_tokens) < 0) goto done;
+    if (lf_whole_frames("q", "Lq", LF_DIM(dims, 'Q'), p.frame_tokens) < 0) goto done;
+    if (lf_whole_frames("k", "Lk", LF_DIM(dims, 'K'), p.frame_tokens) < 0) goto done;
     if (LF_DIM(dims, 'Q') < 1 || LF_DIM(dims, 'K') < LF_DIM(dims, 'Q')) {
         PyErr_Format(PyExc_ValueError,
                      "q: expected 1 to Lk = %lld tokens (q is the last part of k), got %lld",
                      (long long)LF_DIM(dims, 'K'), (long long)LF_DIM(dims, 'Q'));
         goto done;
     }
-    if (read_budget(args[5], args[6], args[7], args[8], args[10], &b) < 0) goto done;
-    if (read_score(args[9], &p.score) < 0) goto done;
+    if (lf_read_budget(args[5], args[6], args[7], args[8], args[10], &b) < 0) goto done;
+    if (lf_read_score(args[9], &p.score) < 0) goto done;
     if (lf_integer(args[11], "block_q", 16, 128, &p.block_q) < 0) goto done;
-    if (block_size(args[12], "block_k", 16, &p.block_k) < 0) goto done;
-    if (softmax_scale(args[13], LF_DIM(dims, 'D'), &p.scale) < 0) goto done;
+    if (lf_block_size(args[12], "block_k", 16, &p.block_k) < 0) goto done;
+    if (lf_softmax_scale(args[13], LF_DIM(dims, 'D'), &p.scale) < 0) goto done;
     want_scores = PyObject_IsTrue(args[14]);
     if (want_scores < 0) goto done;
 
@@ -344,8 +251,8 @@ static int read_list(PyObject *list, lf_dims *dims, lf_arg *indices, lf_arg *cou
     if (lf_integer(PyTuple_GetItem(list, 4), "frame_tokens", 1, INT32_MAX, &p->frame_tokens) < 0)
         return -1;
     if (lf_integer(PyTuple_GetItem(list, 5), "block_q", 16, 128, &p->block_q) < 0) return -1;
-    if (block_size(PyTuple_GetItem(list, 6), "block_k", 16, &p->block_k) < 0) return -1;
-    if (whole_frames("k", "Lk", k_len, p->frame_tokens) < 0) return -1;
+    if (lf_block_size(PyTuple_GetItem(list, 6), "block_k", 16, &p->block_k) < 0) return -1;
+    if (lf_whole_frames("k", "Lk", k_len, p->frame_tokens) < 0) return -1;
 
     LF_DIM(*dims, 'R') = lf_ceil_div(q_len, p->block_q);
     LF_DIM(*dims, 'J') = k_len / p->frame_tokens * lf_frame_blocks(p->frame_tokens, p->block_k);
@@ -385,14 +292,14 @@ PyObject *py_block_sparse_attention(PyObject *Py_UNUSED(module), PyObject *const
     if (lf_borrow(args[2], "v", &v) < 0 || lf_shape(&v, "BKHD", &dims) < 0) goto done;
     if (lf_is_float(&q) < 0 || lf_same_dtype(&k, &q) < 0 || lf_same_dtype(&v, &q) < 0) goto done;
     if (lf_placed("block_sparse_attention", 3, all, args[8], &place) < 0) goto done;
-    if (head_size(&q, LF_DIM(dims, 'D')) < 0) goto done;
+    if (lf_head_size(&q, LF_DIM(dims, 'D')) < 0) goto done;
     if (LF_DIM(dims, 'Q') < 1 || LF_DIM(dims, 'K') < 1) {
         PyErr_Format(PyExc_ValueError, "%s: expected 1 token or more, got 0",
                      LF_DIM(dims, 'Q') < 1 ? "q" : "k");
         goto done;
     }
     if (args[3] != Py_None && read_list(args[3], &dims, &indices, &counts, &p) < 0) goto done;
-    if (softmax_scale(args[6], LF_DIM(dims, 'D'), &scale) < 0) goto done;
+    if (lf_softmax_scale(args[6], LF_DIM(dims, 'D'), &scale) < 0) goto done;
     want_lse = PyObject_IsTrue(args[7]);
     if (want_lse < 0) goto done;
     if (lf_borrow_out(args[4], args[5], "out", "BQHD", q.dtype, &dims, &out) < 0) goto done;
