@@ -131,15 +131,7 @@ def _preset_calls(preset, frames, chunk, tokens, slices, k):
     lf.compress(k, tokens, block=part, out=means)
 
     def selection(row):
-        return dict(
-            frame_tokens=tokens,
-            sparsity=row["sparsity"],
-            score=config.score,
-            hierarchy=config.hierarchy,
-            keep_frames=config.keep_frames,
-            sink_frames=config.sink_frames,
-            near_frames=config.near_frames,
-        )
+        return dict(frame_tokens=tokens, sparsity=row["sparsity"], **config.selection())
 
     def step(row):
         end = row["last_frame"] + 1

@@ -139,15 +139,15 @@ class GlobalAttention(Adapter):
         if not isinstance(start, int):
             return reasons.NO_POSITION
         keys = cache.get("k") if isinstance(cache, dict) else None
-        grid, sink = _grid(arguments), getattr(layer, "sink_size", 0)
+        grid, sink = _grid(arguments), _attribute(layer, "sink_size")
         return Call(
             start=start,
             frame_tokens=grid[0] * grid[1] if grid else _frame_tokens(arguments),
-            window=_window(getattr(layer, "local_attn_size", None)),
+            window=_window(_attribute(layer, "local_attn_size")),
             cache=id(cache),
             keys=keys if isinstance(keys, torch.Tensor) else None,
             grid=grid,
-            order=getattr(layer, "token_order", None) or "raster",
+            order=_attribute(layer, "token_order") or "raster",
             sink=sink if isinstance(sink, int) and sink > 0 else 0,
         )
 
@@ -162,10 +162,16 @@ class GlobalAttention(Adapter):
             hook.release(method.__globals__, self.function, user)
 
 
+def _attribute(layer, name):
+    """The attribute, or None; asking a module for one that it lacks takes microseconds."""
+    own = layer.__dict__
+    return own[name] if name in own else getattr(type(layer), name, None)
+
+
 def _grid(arguments):
     grid = arguments.get("grid_sizes")
     if isinstance(grid, torch.Tensor):
-        grid = grid.tolist() if grid.device.type == "cpu" else None  # never a device sync
+        grid = grid.tolist() if grid.is_cpu else None  # never a device sync
     row = grid[0] if isinstance(grid, (list, tuple)) and grid else None
     if isinstance(row, (list, tuple)) and len(row) == 3 and row[1] * row[2]:
         return int(row[1]), int(row[2])
@@ -195,6 +201,14 @@ def class_forward(cls):
 
 
 @functools.cache
+def _known(forward):
+    """Names of the parameters of a class's ``forward``, and its defaults."""
+    known = parameters(inspect.unwrap(forward))
+    empty = inspect.Parameter.empty
+    return tuple(known), {n: default for n, default in known.items() if default is not empty}
+
+
+@functools.cache
 def parameters(function):
     """Names of a method's parameters after self, in order, with their defaults."""
     try:
@@ -207,11 +221,8 @@ def parameters(function):
 
 def bind(module, args, kwargs):
     """The arguments of ``module.forward`` by name, defaults included; unknown ones are kept."""
-    known = parameters(class_forward(type(module)))
-    arguments = {n: d for n, d in known.items() if d is not inspect.Parameter.empty}
-    arguments.update(zip(known, args, strict=False))
-    arguments.update(kwargs)
-    return arguments
+    names, defaults = _known(type(module).forward)
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
 
 
 @functools.cache

@@ -40,13 +40,7 @@ def run(
     options = dict(
         frame_tokens=frame_tokens,
         sparsity=last["sparsity"],
-        score=config.score,
-        hierarchy=config.hierarchy,
-        keep_frames=config.keep_frames,
-        sink_frames=config.sink_frames,
-        near_frames=config.near_frames,
-        block_q=config.block_q,
-        block_k=config.block_k,
+        **config.selection(),
     )
     works = {
         "lightforcing dense": lambda: lf.block_sparse_attention(q, k, v),

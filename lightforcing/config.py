@@ -10,6 +10,10 @@ from .schedule import LAWS
 
 SCORES = ("mean", "mass", "lse")
 
+# What select_blocks is told beside the call's own frame size and sparsity.
+SELECTION = ("score", "hierarchy", "keep_frames", "sink_frames", "near_frames", "block_q",
+             "block_k")  # fmt: skip
+
 # Selectors that select_blocks is: by name the score and whether frames are chosen first.
 BUILT_IN = {
     "hsa": ("mean", True),
@@ -173,6 +177,10 @@ class Config:
         """Is the list select_blocks', new in every call, on tokens as they lie?"""
         extras = (self.selector, self.layout, self.budget)
         return self.refresh == 1 and all(x is None for x in extras)
+
+    def selection(self):
+        """The keywords of :func:`lightforcing.select_blocks` that these settings fix."""
+        return {name: getattr(self, name) for name in SELECTION}
 
     @classmethod
     def preset(cls, name="balanced", *, sparsity=None, **overrides):

@@ -5,15 +5,14 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
 
 import torch
 
-from . import adapters, hook, ops, reasons, report
-from .arrays import disabled
+from . import _core, adapters, hook, ops, reasons, report
 from .config import Config
-from .means import BUFFERS, KeyMeans
-from .selectors.choose import Chooser, grid_of, layout, needs_grid
+from .decide import Decisions, decide, place
+from .means import BUFFERS, KeyMeans, address_inside
+from .selectors.choose import Chooser, layout
 from .stats import Record, Timer
 
 logger = logging.getLogger("lightforcing")
@@ -49,6 +48,7 @@ class Handle:
         self._steps = defaultdict(OrderedDict)  # by layer: cache -> [first frame, calls before]
         self._chooser = Chooser()
         self._schedules = {}
+        self._decisions, self._last = Decisions(), None
         self._warned = set()
         self.shortest_query = None  # frames, of the calls with a cache
 
@@ -153,18 +153,25 @@ class Handle:
             visit.reason = call
             return visit
         visit.call = call
-        visit.frame_tokens = call.frame_tokens or self.config.frame_tokens
-        if visit.frame_tokens is None and self.config.grid:
-            visit.frame_tokens = self.config.grid[0] * self.config.grid[1]
-        if visit.frame_tokens is None:
-            visit.reason = reasons.NO_GRID
+        told, given = call.frame_tokens, self.config.frame_tokens
+        if given is None and self.config.grid:
+            given = self.config.grid[0] * self.config.grid[1]
+        if told is None:
+            if given is None:
+                visit.reason = reasons.NO_GRID
+                return visit
+            told = given
+        elif given is not None and given != told:
+            visit.reason = f"{reasons.GRIDS_DIFFER} (set {given}, told {told})"
             return visit
+        visit.frame_tokens = told
         visit.first_frame = call.start // visit.frame_tokens
         visit.step = self._step(hooked.layer, call)
-        if call.keys is not None and not call.keys.is_inference():
-            visit.keys, visit.version = call.keys, call.keys._version
+        keys = call.keys
+        if keys is not None and not keys.is_inference():
+            visit.keys, visit.version = keys, keys._version
         if self.config.timing and hooked.layer == 0:
-            self.record.tick(visit.first_frame)
+            self.record.tick(visit.first_frame, visit.step > 0)
         return visit
 
     def leave(self, visit):
@@ -173,18 +180,22 @@ class Handle:
         if visit.entry is not None:
             self._means[layer].leave(visit)
         if visit.calls == 0:
-            self.record.note(layer, None, visit.reason or reasons.NO_CALL)
+            reason = visit.reason or reasons.NO_CALL
+            self.record.note(layer, None, reason)
             if visit.call is not None:
                 self._steps[layer].pop(visit.call.cache, None)
-                self._warn(visit.reason or reasons.NO_CALL, layer)
+                if self.config.strict and not (hook.local.dense or _core.is_disabled()):
+                    raise reasons.StrictError(f"{_where(layer, None)}: {reason}")
+                self._warn(reason, layer)
 
     def _step(self, layer, call):
         """How often this layer ran at this place of this cache before."""
         steps = self._steps[layer]
         start, step = steps.pop(call.cache, (None, 0))
-        step = step if start == call.start else 0
+        if start != call.start:
+            step = 0
         steps[call.cache] = (call.start, step + 1)
-        while len(steps) > BUFFERS:
+        if len(steps) > BUFFERS:
             steps.popitem(last=False)
         return step
 
@@ -194,109 +205,118 @@ class Handle:
         """The dense call ``original(*args, **kwargs)``, sparse where the settings allow it."""
         visit.calls += 1
         q, k, v, extra = reasons.split(original, args, kwargs)
-        place = self._place(visit, q, k)
-        reason = self._why_dense(visit, place, q, k, v, extra)
+        decision = self._decide(visit, q, k, v)
+        reason = self._why_dense(visit, decision, q, k, v, extra)
         if reason is None:
-            return self._sparse(visit, place, q, k, v)
-        layer, chunk = visit.hook.layer, place and place.chunk
+            return self._sparse(visit, decision, q, k, v)
+        layer, chunk = visit.hook.layer, decision and decision.chunk
         if reason not in reasons.PLANNED:
             if self.config.strict:
                 raise reasons.StrictError(f"{_where(layer, chunk)}: dense because of {reason}")
             self._warn(reason, layer, chunk)
-        if place is not None:
-            block = self._mean_block
-            self._means[layer].skip(visit, k, place.frame_tokens, block, place.past)
+        if decision is not None:
+            self._means[layer].enter(visit, k, decision, grow=False)
         timer = Timer(q) if self.config.timing and isinstance(q, torch.Tensor) else None
         out = original(*args, **kwargs)
         if timer is not None:
             timer.stop()
-        pairs = place.pairs if place else 0
+        pairs = decision.pairs if decision else 0
         self.record.dense(layer, chunk, reason, pairs, timer)
         return out
 
-    def _sparse(self, visit, place, q, k, v):
-        config, layer = self.config, visit.hook.layer
+    def _sparse(self, visit, decision, q, k, v):
+        layer, step, config = visit.hook.layer, decision.step, self.config
         timer = Timer(q) if config.timing else None
-        (q, k, v), back = layout(config, visit, q, k, v)
-        blocks = self._choose(visit, place, q, k)
-        if config.probe:
-            out, lse = ops.block_sparse_attention(q, k, v, blocks, return_lse=True)
+        density = decision.density
+        if step is None:
+            out, lse, density = self._apart(visit, decision, q, k, v)
         else:
-            out = ops.block_sparse_attention(q, k, v, blocks)
-        if back is not None:
-            out = back(out)
+            entry = self._means[layer].enter(visit, k, decision)
+            if entry is None:
+                out, lse, _ = step.run(q, k, v, want_lse=config.probe > 0)
+            else:
+                out, lse, _ = step.run(q, k, v, entry.means, entry.frames, config.probe > 0)
+                entry.frames = decision.frames
         if timer is not None:
             timer.stop()
-        self.record.sparse(
-            layer,
-            place.chunk,
-            sparsity=place.sparsity,
-            pairs=place.pairs,
-            density=place.density,
-            keep_frames=place.raised,
-            timer=timer,
-            recall=self._recall(visit, q, k, v, lse) if config.probe else None,
-        )
+        recall = None if lse is None else self._recall(visit, q, k, v, lse)
+        self.record.sparse(layer, decision, density, timer, recall)
         return out
 
-    def _choose(self, visit, place, q, k):
-        """The list of a sparse call; sets the density where it is not the schedule's."""
-        config, means, block = self.config, self._means[visit.hook.layer], self._mean_block
+    def _apart(self, visit, decision, q, k, v):
+        """A sparse call of several operators: another selector, layout, or kind of tensor."""
+        config = self.config
+        (q, k, v), back = layout(config, visit, q, k, v)
+        blocks, density = self._choose(visit, decision, q, k)
+        out = ops.block_sparse_attention(q, k, v, blocks, return_lse=config.probe > 0)
+        out, lse = out if config.probe else (out, None)
+        return (out if back is None else back(out)), lse, density
+
+    def _choose(self, visit, decision, q, k):
+        """The list of such a call, and its share of the blocks."""
+        config, means = self.config, self._means[visit.hook.layer]
         found = self._chooser.shared(config, visit, q, k)
         own = config.selector is not None or config.budget is not None
         if found is not None or own:
-            means.skip(visit, k, place.frame_tokens, block, place.past)
+            means.enter(visit, k, decision, grow=False)
         if found is not None:
-            blocks, place.density = found
-            return blocks
+            return found
         if own:
-            blocks, place.density = self._chooser.select(config, visit, place, place.kept, q, k)
+            found = self._chooser.select(config, visit, decision, decision.kept, q, k)
         else:
             blocks = ops.select_blocks(
                 q,
                 k,
-                frame_tokens=place.frame_tokens,
-                sparsity=place.sparsity,
-                keep_frames=config.keep_frames,
-                sink_frames=config.sink_frames,
-                near_frames=config.near_frames,
-                score=config.score,
-                hierarchy=config.hierarchy,
-                block_q=config.block_q,
-                block_k=config.block_k,
-                k_means=means.pool(visit, k, place.frame_tokens, block, place.past),
+                frame_tokens=decision.frame_tokens,
+                sparsity=decision.sparsity,
+                k_means=means.pool(visit, k, decision),
+                **config.selection(),
             )
-        self._chooser.keep(config, visit, q, k, blocks, place.density)
-        return blocks
+            found = blocks, decision.density
+        self._chooser.keep(config, visit, q, k, *found)
+        return found
 
-    def _place(self, visit, q, k):
-        """Where the call is in the video, in whole frames; None if that is not known."""
-        if visit.first_frame is None or not (_is_blhd(q) and _is_blhd(k)):
+    def _decide(self, visit, q, k, v):
+        """What calls of this kind come to; None if the place in the video is not known."""
+        known = key = None
+        if type(q) is type(k) is type(v) is torch.Tensor and not (
+            q.is_neg() or k.is_neg() or v.is_neg()
+        ):
+            known = _core.facts(q, k, v, visit.keys)
+        window = self.config.window or (visit.call.window if visit.call else None)
+        if known is not None:
+            facts, visit.address, visit.capture = known
+            key = facts, visit.first_frame, visit.frame_tokens, window
+            decision = self._decisions.get((key, self.chunk_frames))
+            if decision is not None:
+                if decision is not self._last:
+                    self._tell(decision)
+                return decision
+        decision = place(visit, q, k, self._chunk_of_query, window)
+        if decision is None:
             return None
-        tokens, lq, lk = visit.frame_tokens, q.shape[1], k.shape[1]
-        if lq % tokens or lk % tokens or not 0 < lq <= lk:
-            return None
-        query = lq // tokens
-        if self.shortest_query is None or query < self.shortest_query:
-            self.shortest_query = query
-        window = self.config.window or visit.call.window
-        self.facts.update(frame_tokens=tokens, window=window)
-        size = self.chunk_frames
-        return _Place(
-            frame_tokens=tokens,
-            query=query,
-            past=lk // tokens - query,
-            size=size,
-            chunk=-(-visit.first_frame // size) + 1,
-            end=visit.first_frame + size,
-            window=window,
-            pairs=q.shape[0] * q.shape[2] * lq * lk,
-        )
+        self._tell(decision)
+        if known is None:
+            visit.address = address_inside(k, visit.keys)
+        decide(decision, self.config, self.schedule, visit, known is not None, q, k, v)
+        if key is not None and self.config.plain:
+            self._decisions.put((key, self.chunk_frames), decision)
+        return decision
 
-    def _why_dense(self, visit, place, q, k, v, extra):
-        """The reason to call the original, or None with ``place`` completed."""
-        config, layer = self.config, visit.hook.layer
-        if disabled():
+    def _tell(self, decision):
+        self._last = decision
+        self.facts.update(frame_tokens=decision.frame_tokens, window=decision.window)
+
+    def _chunk_of_query(self, frames):
+        """Frames of a chunk, now that a query of so many has come."""
+        if self.shortest_query is None or frames < self.shortest_query:
+            self.shortest_query = frames
+        return self.chunk_frames
+
+    def _why_dense(self, visit, decision, q, k, v, extra):
+        """The reason to call the original: what changes from call to call first."""
+        config = self.config
+        if _core.is_disabled():
             return reasons.DISABLED
         if hook.local.dense:
             return reasons.DENSE_CONTEXT
@@ -306,53 +326,18 @@ class Handle:
             return reasons.TRAINING
         if config.sparsity == 0 and config.schedule is None:
             return reasons.ZERO
-        if layer in config.dense_layers or layer - self.depth in config.dense_layers:
-            return reasons.DENSE_LAYER
+        if config.dense_layers:
+            layer = visit.hook.layer
+            if layer in config.dense_layers or layer - self.depth in config.dense_layers:
+                return reasons.DENSE_LAYER
         if visit.step in config.dense_steps:
             return reasons.DENSE_STEP
-        unsupported = extra or reasons.unsupported(q, k, v)
-        if unsupported is not None:
-            return unsupported
-        if place is None:
-            return reasons.not_frames(q.shape[1], k.shape[1], visit.frame_tokens)
-        return self._plan(visit, place)
-
-    def _plan(self, visit, place):
-        config = self.config
-        if place.past == 0 and place.query > place.size:
-            return reasons.RECACHE
-        dense_frames = config.dense_frames
-        if dense_frames is None:
-            dense_frames = 0 if config.schedule else place.size
-        early = visit.first_frame < place.size
-        if visit.first_frame < dense_frames or place.past == 0:
-            if early:
-                return reasons.FIRST_CHUNK
-            return reasons.DENSE_FRAMES if place.past else reasons.NO_PAST
-        place.sparsity = float(self.schedule(place.size, place.window).at(place.end))
-        if place.sparsity == 0:
-            return reasons.ZERO
-        blocks, kept, keep_frames = ops.plan_selection(
-            place.query,
-            place.query + place.past,
-            place.frame_tokens,
-            sparsity=place.sparsity,
-            block_k=config.block_k,
-            keep_frames=config.keep_frames,
-            hierarchy=config.hierarchy and config.selector is None,
-        )
-        if kept >= blocks:
-            return reasons.ALL_KEPT
-        if needs_grid(config) and grid_of(config, visit) is None:
-            return reasons.NO_TILES
-        place.kept, place.density = kept, kept / blocks
-        if (
-            config.selector is None
-            and config.hierarchy
-            and config.keep_frames < min(keep_frames, place.past)
-        ):
-            place.raised = keep_frames
-        return None
+        if extra is not None:
+            return extra
+        if decision is None:
+            unsupported = reasons.unsupported(q, k, v)
+            return unsupported or reasons.not_frames(q.shape[1], k.shape[1], visit.frame_tokens)
+        return decision.reason
 
     def _recall(self, visit, q, k, v, lse):
         """Mean and 5th percentile of the recall of evenly spaced query rows, as tensors."""
@@ -365,10 +350,6 @@ class Handle:
         return recall.mean(), recall.quantile(0.05)
 
     # ---- what the settings come to ------------------------------------------------------
-
-    @property
-    def _mean_block(self):
-        return self.config.block_k if self.config.score == "mean" else self.config.block_k // 4
 
     @property
     def chunk_frames(self):
@@ -465,27 +446,5 @@ keep_untraced._torchdynamo_disable = True  # what torch.compiler.disable sets, w
 Handle.keep_untraced = staticmethod(keep_untraced)
 
 
-@dataclass(slots=True)
-class _Place:
-    """One attention call in frames."""
-
-    frame_tokens: int
-    query: int
-    past: int
-    size: int  # frames of a chunk
-    chunk: int  # 1 is the first
-    end: int  # n of the schedule: first query frame + size
-    window: int | None
-    pairs: int
-    sparsity: float = 0.0
-    kept: int = 0  # key blocks of a row
-    density: float = 1.0
-    raised: int = 0  # keep_frames, where the budget forced it up
-
-
 def _where(layer, chunk):
     return f"layer {layer}" + (f", chunk {chunk}" if chunk else "")
-
-
-def _is_blhd(x):
-    return isinstance(x, torch.Tensor) and x.dim() == 4

@@ -26,7 +26,7 @@ class Visit:
     """One forward of one layer, from entry to exit; lives on the stack only."""
 
     __slots__ = ("hook", "call", "reason", "frame_tokens", "first_frame", "step", "calls",
-                 "keys", "version", "seen", "entry")  # fmt: skip
+                 "keys", "version", "address", "capture", "seen", "entry")  # fmt: skip
 
     def __init__(self, hook):
         """A forward of ``hook``'s layer begins."""
@@ -39,6 +39,8 @@ class Visit:
         self.calls = 0  # attention calls made
         self.keys = None  # the layer's key cache, if versions of it are tracked
         self.version = None  # its version on entry
+        self.address = 0  # of the keys of the last attention call, if they lie in `keys`
+        self.capture = 0  # the CUDA graph that its stream is captured for, 0 if none
         self.seen = None  # and at the last attention call
         self.entry = None  # the cached means that this forward used or filled
 

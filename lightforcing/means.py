@@ -5,14 +5,16 @@ attention sees them, only the current chunk changes between two calls, so the me
 are kept: float32, one buffer for each key tensor. A kept mean is used only while all of this
 holds, else the past is pooled again:
 
-* the call's keys are a view of the same tensor object as before, at the same address and strides;
+* the call's keys lie inside the same tensor object as before, at the same address and strides;
 * its version counter (each in-place write of torch raises it, through any view) has not moved
   since the end of the last forward with it, and rose by at most one, the chunk's own write,
   from the start of this forward to its attention call. Moving the window takes two writes;
 * the video went on: the first frame did not go back, and the frame at the start of the keys is
   the same frame of the video as before.
 
-Tensors of inference mode have no version counter and are pooled in every call.
+Tensors of inference mode have no version counter and are pooled in every call. A CUDA graph reads
+only means that it pools itself, so that it may be replayed at any time; and since replays write
+keys without counting, keys that a graph was captured with are pooled in every later eager call.
 """
 
 import weakref
@@ -43,67 +45,49 @@ class KeyMeans:
     def __init__(self):
         """Empty."""
         self.entries = OrderedDict()
+        self.capture = 0  # the graph that the last call was captured for
+        self.captured = {}  # by id, weakly: key tensors that some graph was captured with
 
     @property
     def nbytes(self):
         """Bytes held."""
         return sum(e.means.nbytes for e in list(self.entries.values()))
 
-    def pool(self, visit, k, frame_tokens, block, past):
-        """Means of all frames of ``k``, or None where they cannot be kept.
+    def enter(self, visit, k, decision, grow=True):
+        """The entry of a call's keys, or None where their means cannot be kept.
+
+        ``frames`` of them hold; whoever pools the others says so there. The entry is closed
+        until :meth:`leave`.
 
         Args:
-            visit: the running forward.
-            k: ``[B, F*T, H, D]``, the keys of the call; T is ``frame_tokens``.
-            frame_tokens: tokens of a frame.
-            block: tokens of a mean.
-            past: frames of ``k`` before the chunk's own.
-
-        Returns:
-            float32 ``[B, F*ceil(T/block), H, D]``, a slice of a buffer that the next call
-            with these keys writes again.
+            visit: the running forward, whose ``address`` is that of k inside ``keys``, or 0.
+            k: ``[B, F*T, H, D]``, the keys of the call.
+            decision: the call in frames; its ``keys`` end in T and the tokens of a mean.
+            grow: make an entry where there is none.
         """
-        entry = self._enter(visit, k, frame_tokens, block, past)
-        if entry is None:
-            return None
-        frames, per_frame = k.shape[1] // frame_tokens, -(-frame_tokens // block)
-        kept = entry.frames
-        ops.compress(
-            k[:, kept * frame_tokens :],
-            frame_tokens,
-            block=block,
-            out=entry.means[:, kept * per_frame : frames * per_frame],
-        )
-        entry.frames = frames
-        return entry.means[:, : frames * per_frame]
-
-    def skip(self, visit, k, frame_tokens, block, past):
-        """A dense call: the chunk's own keys were written and not pooled, the past still holds."""
-        self._enter(visit, k, frame_tokens, block, past, grow=False)
-
-    def leave(self, visit):
-        """The forward ended without an error: what it pooled holds if it wrote nothing since."""
-        entry, keys = visit.entry, visit.keys
-        if entry is not None and keys._version == visit.seen:
-            entry.version = visit.seen
-
-    def _enter(self, visit, k, frame_tokens, block, past, grow=True):
-        """The entry of these keys with ``frames`` cut to what holds, and closed until leave()."""
         keys = visit.keys
-        if keys is None or not _is_view(k, keys):
+        if keys is None or not visit.address:
             return None
+        if visit.capture != self.capture or visit.capture:
+            self._captured(visit)
+        if self.captured and not visit.capture:
+            known = self.captured.get(id(keys))
+            if known is not None and known() is keys:
+                return None
         seen = keys._version
-        stream = torch.cuda.current_stream(k.device).cuda_stream if k.is_cuda else 0
-        key = (k.data_ptr(), k.stride(), k.shape[0], k.shape[2:], k.dtype, stream,
-               frame_tokens, block)  # fmt: skip
+        key = visit.address, decision.keys
         entry = self.entries.pop(key, None)
-        if entry is not None and (entry.keys() is not keys or entry.means.shape[1] < _rows(k, key)):
+        past, first_frame = decision.past, visit.first_frame
+        origin = first_frame - past
+        if entry is not None and (
+            entry.keys() is not keys or entry.means.shape[1] < _rows(k, decision.keys)
+        ):
             entry = None
-        if entry is None and not grow:
-            return None
-        first_frame, origin = visit.first_frame, visit.first_frame - past
         if entry is None:
-            rows = max(_rows(k, key), _rows(keys, key) if keys.dim() == 4 else 0)
+            if not grow:
+                return None
+            kind = decision.keys
+            rows = max(_rows(k, kind), _rows(keys, kind) if keys.dim() == 4 else 0)
             shape = (k.shape[0], rows, k.shape[2], k.shape[3])
             entry = _Entry(keys, torch.empty(shape, dtype=torch.float32, device=k.device))
         elif not (
@@ -113,19 +97,57 @@ class KeyMeans:
             and origin == entry.origin
         ):
             entry.frames = 0
-        entry.frames = min(entry.frames, past)
+        if entry.frames > past:
+            entry.frames = past
         entry.first_frame, entry.origin, entry.version = first_frame, origin, None
         visit.entry, visit.seen = entry, seen
         self.entries[key] = entry
-        while len(self.entries) > BUFFERS:
+        if len(self.entries) > BUFFERS:
             self.entries.popitem(last=False)
         return entry
 
+    def _captured(self, visit):
+        """Another graph is captured, or none any more: what the last one pooled is its own."""
+        if visit.capture != self.capture:
+            self.capture = visit.capture
+            self.entries.clear()
+        if visit.capture:
+            self.captured = {i: ref for i, ref in self.captured.items() if ref() is not None}
+            self.captured[id(visit.keys)] = weakref.ref(visit.keys)
 
-def _rows(k, key):
-    frame_tokens, block = key[-2:]
+    def pool(self, visit, k, decision):
+        """Means of all frames of ``k``, float32 ``[B, F*ceil(T/block), H, D]``, or None.
+
+        A slice of a buffer that the next call with these keys writes again.
+        """
+        entry = self.enter(visit, k, decision)
+        if entry is None:
+            return None
+        frame_tokens, block = decision.keys[-2:]
+        frames, per_frame, kept = decision.frames, -(-frame_tokens // block), entry.frames
+        ops.compress(
+            k[:, kept * frame_tokens :],
+            frame_tokens,
+            block=block,
+            out=entry.means[:, kept * per_frame : frames * per_frame],
+        )
+        entry.frames = frames
+        return entry.means[:, : frames * per_frame]
+
+    def leave(self, visit):
+        """The forward ended without an error: what it pooled holds if it wrote nothing since."""
+        entry, keys = visit.entry, visit.keys
+        if entry is not None and keys._version == visit.seen:
+            entry.version = visit.seen
+
+
+def _rows(k, kind):
+    frame_tokens, block = kind[-2:]
     return k.shape[1] // frame_tokens * -(-frame_tokens // block)
 
 
-def _is_view(k, keys):
-    return k.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
+def address_inside(k, keys):
+    """The address of ``k`` if it is a view of ``keys``, else 0."""
+    if keys is None or k.untyped_storage().data_ptr() != keys.untyped_storage().data_ptr():
+        return 0
+    return k.data_ptr()

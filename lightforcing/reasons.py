@@ -17,15 +17,16 @@ DENSE_FRAMES = "dense_frames"
 RECACHE = "several chunks without past frames (recache)"
 NO_PAST = "no past frames"
 ALL_KEPT = "all blocks kept"
-NO_CALL = "forward with a cache but no attention call"
 PLANNED = frozenset(
     (DISABLED, DENSE_CONTEXT, TRAINING, ZERO, DENSE_LAYER, DENSE_STEP, FIRST_CHUNK, DENSE_FRAMES,
-     RECACHE, NO_PAST, ALL_KEPT, NO_CALL)
+     RECACHE, NO_PAST, ALL_KEPT)
 )  # fmt: skip
 
 # Everything else is a reason that nobody asked for: warned of once, an error in strict mode.
+NO_CALL = "forward with a cache but no attention call"
 NO_GRID = "unknown frame size (no grid_sizes on the CPU, no frame_seqlen, no frame_tokens set)"
 NO_TILES = "unknown rows and columns of a frame, which the selector asks for (set grid)"
+GRIDS_DIFFER = "frame_tokens that the model contradicts"
 NO_POSITION = "current_start that is not an integer"
 
 
@@ -73,6 +74,8 @@ def unsupported(q, k, v):
             return f"{name} of type {type(x).__name__}"
         if x.dim() != 4:
             return f"{name} with {x.dim()} dimensions"
+        if x.is_neg():
+            return f"{name}, a lazy negative view"
     if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         return f"shapes q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dtype == k.dtype == v.dtype:

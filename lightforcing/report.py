@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from . import ops
 from .config import Config
 from .schedule import Schedule
+from .stats import total
 
 FRAMES_PER_CHUNK, FRAME_TOKENS = 3, 1560  # of Wan 1.3B at 480 x 832, until a call tells
 ROWS = 40  # chunks shown in a text report
@@ -185,25 +186,16 @@ def stats(handle) -> dict:
     """See :meth:`Handle.stats`."""
     record, timing = handle.record, handle.config.timing
     record.settle()
-    keys = record.keys()
-    chunks, layers = _unique(c for _, c in keys), sorted({layer for layer, _ in keys})
-    values = record.total().to_dict(timing)
+    cells = record.snapshot()
+    values = total(cells.values()).to_dict(timing)
     values["attention_share"] = record.attention_share
     values["means_bytes"] = handle.means_bytes
-    values["chunks"] = [
-        {"chunk": c, **record.total(lambda chunk, c=c: chunk == c).to_dict(timing)} for c in chunks
-    ]
-    values["layers"] = [
-        {
-            "layer": i,
-            "chunks": [
-                {"chunk": c, **record.cells[layer, c].to_dict(timing)}
-                for layer, c in keys
-                if layer == i
-            ],
-        }
-        for i in layers
-    ]
+    chunks, layers = {}, {}
+    for (layer, chunk), cell in cells.items():
+        chunks.setdefault(chunk, []).append(cell)
+        layers.setdefault(layer, []).append({"chunk": chunk, **cell.to_dict(timing)})
+    values["chunks"] = [{"chunk": c, **total(x).to_dict(timing)} for c, x in chunks.items()]
+    values["layers"] = [{"layer": i, "chunks": layers[i]} for i in sorted(layers)]
     return values
 
 
@@ -305,7 +297,3 @@ def _table(rows):
     cells = [list(rows[0]), *([str(x) for x in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in cells]
-
-
-def _unique(items):
-    return list(dict.fromkeys(items))

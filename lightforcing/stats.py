@@ -109,27 +109,36 @@ class Record:
             cell.dense[reason] += 1
             cell.pairs += pairs
             cell.kept_pairs += pairs
-            self._time(cell, "dense_seconds", timer, 1.0)
+            if timer is not None:
+                self._time(cell, "dense_seconds", timer, 1.0)
 
-    def sparse(self, layer, chunk, *, sparsity, pairs, density, keep_frames, timer, recall):
-        """A call ran sparse; ``recall`` is None or a pair of one-element tensors."""
+    def sparse(self, layer, call, density, timer, recall):
+        """A call ran sparse.
+
+        Args:
+            layer: its number.
+            call: what it came to, a :class:`lightforcing.decide.Decision`.
+            density: share of the pairs that were computed; a number, or a tensor of one element.
+            timer: its :class:`Timer`, or None.
+            recall: None, or a pair of one-element tensors, mean and 5th percentile.
+        """
         with self._lock:
-            cell = self._cell(layer, chunk)
+            cell = self._cell(layer, call.chunk)
             cell.calls += 1
             cell.sparse_calls += 1
-            cell.sparsity = sparsity
-            cell.pairs += pairs
-            cell.kept_pairs += pairs * density
-            cell.keep_frames = max(cell.keep_frames, keep_frames)
-            self._time(cell, "sparse_seconds", timer, density)
+            cell.sparsity = call.sparsity
+            cell.pairs += call.pairs
+            cell.kept_pairs += call.pairs * density
+            if call.raised > cell.keep_frames:
+                cell.keep_frames = call.raised
+            if timer is not None:
+                self._time(cell, "sparse_seconds", timer, density)
             if recall is not None:
                 cell.recall = cell.recall + recall[0]
                 cell.recall_low = cell.recall_low + recall[1]
                 cell.recalled += 1
 
     def _time(self, cell, field, timer, density):
-        if timer is None:
-            return
         if timer.events is not None:
             self._pending.append((cell, field, timer.events))
             if len(self._pending) > PENDING:
@@ -162,19 +171,24 @@ class Record:
             self._cell(layer, chunk).dense[reason] += 1
 
     def _cell(self, layer, chunk):
-        key = (layer, chunk if chunk is None else min(chunk, LAST_CHUNK))
+        key = (layer, chunk if chunk is None or chunk < LAST_CHUNK else LAST_CHUNK)
         cell = self.cells.get(key)
         if cell is None:
             cell = self.cells[key] = Cell()
         return cell
 
-    # A step runs from one entry of the first layer to the next, in one thread.
+    # A step runs from one entry of the first layer to the next at the same place of the video, in
+    # one thread: between two chunks a pipeline may decode, which is no part of a step.
 
-    def tick(self, first_frame):
-        """The first layer was entered: close the step before, unless a new video began."""
+    def tick(self, first_frame, repeated):
+        """The first layer was entered; `repeated`: a forward at this place came before.
+
+        Closes the step before, unless another chunk began.
+        """
         now, step = time.perf_counter(), self._thread
         began = getattr(step, "began", None)
-        if began is not None and first_frame >= step.first_frame and step.attention > 0:
+        same = repeated and began is not None and first_frame == step.first_frame
+        if same and step.attention > 0:
             with self._lock:
                 self.wall += now - began
                 self.attention += step.attention
@@ -190,28 +204,30 @@ class Record:
 
     @property
     def attention_share(self):
-        """Attention in whole steps as they ran, of their wall time.
+        """Attention in whole steps as they ran, of their wall time; a chunk's last is not counted.
 
         None before a step ended, and on CUDA, where the host's clock does not see a step's end.
         """
-        return self.attention / self.wall if self.steps else None
+        with self._lock:
+            return self.attention / self.wall if self.steps else None
 
     @property
     def dense_attention_share(self):
         """The same share had every call been dense: a sparse call counts seconds / density."""
-        wall = self.wall - self.attention + self.dense_equivalent
-        return self.dense_equivalent / wall if self.steps else None
-
-    def total(self, keep=lambda chunk: True):
-        """One cell, summed over the cells of the chunks that ``keep`` accepts."""
         with self._lock:
-            cells = [c for (_, chunk), c in self.cells.items() if keep(chunk)]
-        total = Cell()
-        for cell in cells:
-            total.add(cell)
-        return total
+            wall = self.wall - self.attention + self.dense_equivalent
+            return self.dense_equivalent / wall if self.steps else None
 
-    def keys(self):
-        """The (layer, chunk) pairs with calls; chunk None: its place was not known. Sorted."""
+    def snapshot(self):
+        """Copies of all cells at one moment, by (layer, chunk), the unknown chunk last."""
         with self._lock:
-            return sorted(self.cells, key=lambda k: (k[1] is None, k[1] or 0, k[0]))
+            cells = {key: total([cell]) for key, cell in self.cells.items()}
+        return dict(sorted(cells.items(), key=lambda x: (x[0][1] is None, x[0][1] or 0, x[0][0])))
+
+
+def total(cells):
+    """One cell, the sum of others."""
+    summed = Cell()
+    for cell in cells:
+        summed.add(cell)
+    return summed

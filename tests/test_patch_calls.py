@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import lightforcing as lf
-from lightforcing import handle as handle_module
 from lightforcing import hook
+from lightforcing.config import SELECTION
+from lightforcing.step import Step
 
 SMALL = {"block_q": 16, "block_k": 16}
 FAMILIES = [ar.InPlace, ar.Deferred, ar.Raw, ar.Rolling]
@@ -22,24 +23,23 @@ def model():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every selection and sparse attention of the test: (q, k, v, keywords, list, out)."""
-    seen = []
-    select, attend = handle_module.ops.select_blocks, handle_module.ops.block_sparse_attention
+    """Every sparse call of the test: q, k, v, keywords of its step, list, out."""
+    seen, made = [], {}
+    run, plan = Step.run, Step.__init__
 
-    def selecting(q, k, **keywords):
-        blocks = select(q, k, **keywords)
-        seen.append({"q": q.clone(), "k": k.clone(), "blocks": blocks, **keywords})
-        return blocks
+    def planning(step, q, k, v, **keywords):
+        made[step] = keywords
+        plan(step, q, k, v, **keywords)
 
-    def attending(q, k, v, blocks=None, **keywords):
-        result = attend(q, k, v, blocks, **keywords)
-        if blocks is not None:
-            out = result[0] if isinstance(result, tuple) else result
-            seen[-1] |= {"v": v.clone(), "out": out.clone()}
+    def running(step, q, k, v, *rest, **keywords):
+        result = out, _, workspace = run(step, q, k, v, *rest, **keywords)
+        tensors = {"q": q, "k": k, "v": v, "out": out}
+        seen.append({name: x.clone() for name, x in tensors.items()} | made[step])
+        seen[-1]["blocks"] = step.blocks(workspace)
         return result
 
-    monkeypatch.setattr(handle_module.ops, "select_blocks", selecting)
-    monkeypatch.setattr(handle_module.ops, "block_sparse_attention", attending)
+    monkeypatch.setattr(Step, "__init__", planning)
+    monkeypatch.setattr(Step, "run", running)
     return seen
 
 
@@ -71,8 +71,7 @@ def test_sparse_calls_attend_the_listed_blocks(calls, layer, preset, batch):
     for call in calls:
         truth = masked_attention(call["q"], call["k"], call["v"], call["blocks"])
         assert (call["out"] - truth).abs().max() < 1e-4 * truth.abs().max()
-        fresh = {k: call[k] for k in ("frame_tokens", "sparsity", "score", "hierarchy", *SMALL,
-                                      "keep_frames", "sink_frames", "near_frames")}  # fmt: skip
+        fresh = {k: call[k] for k in ("frame_tokens", "sparsity", *SELECTION)}
         alone = lf.select_blocks(call["q"], call["k"], **fresh)
         assert torch.equal(alone.indices, call["blocks"].indices)
 
@@ -254,6 +253,23 @@ def test_frame_tokens_from_argument_or_setting():
         lf.patch(layer, "fast", frame_tokens=20, **SMALL)
         layer(ar.noise(3), None, kv_cache=cache, current_start=180)
         assert handle.stats()["sparse_calls"] == 1
+
+
+def test_frame_tokens_that_the_model_contradicts(model, caplog):
+    """Another number than the grid's is no frame size to go by: dense, said, strict raises."""
+    reason = "frame_tokens that the model contradicts (set 21, told 20)"
+    dense = ar.rollout(model, 3)
+    with lf.patched(model, "fast", frame_tokens=21, **SMALL) as handle:
+        with caplog.at_level(logging.WARNING):
+            assert torch.equal(ar.rollout(model, 3), dense)
+        assert handle.stats()["dense"] == {reason: 18}
+        assert [reason in r.getMessage() for r in caplog.records] == [True]
+        lf.patch(model, "fast", frame_tokens=21, strict=True, **SMALL)
+        with pytest.raises(lf.StrictError, match="set 21, told 20"):
+            ar.rollout(model, 1)
+        lf.patch(model, "fast", frame_tokens=20, strict=True, **SMALL)
+        ar.rollout(model, 3)
+        assert handle.stats()["sparse_calls"] == 12
 
 
 @pytest.mark.parametrize(
@@ -481,7 +497,7 @@ def test_a_forward_that_makes_no_call_is_noted(caplog):
 
     model = ar.make(Recompute)
     cache = ar.new_cache(model)
-    with lf.patched(model, "fast", strict=True, dense_steps=(0,), **SMALL) as handle:
+    with lf.patched(model, "fast", dense_steps=(0,), **SMALL) as handle:
         ar.rollout(model, 3, cache=cache)
         with caplog.at_level(logging.WARNING):
             model(ar.noise(9), kv_cache=cache, current_start=0)
@@ -490,6 +506,12 @@ def test_a_forward_that_makes_no_call_is_noted(caplog):
         assert stats["calls"] == 18 and len(caplog.records) == 1
         ar.rollout(model, 1, cache=cache, first=6)  # steps count from 0 again
         assert handle.stats()["dense"]["dense step"] == 8  # of the first chunk too
+        lf.patch(model, "fast", strict=True, **SMALL)
+        with lf.dense():
+            model(ar.noise(9), kv_cache=cache, current_start=0)
+        with pytest.raises(lf.StrictError, match="layer 0: forward with a cache but no attention"):
+            model(ar.noise(9), kv_cache=cache, current_start=0)
+        assert hook.local.visit is None
 
 
 def test_layers_that_ask_for_other_heads(calls):

@@ -1,6 +1,6 @@
 """patch: cached means of past keys are the means of the keys that are there, whatever happens.
 
-The guard below stands in every test: each `k_means` that a selection gets must equal, bit for
+The guard below stands in every test: the means that a step works with must equal, bit for
 bit, a fresh pooling of that call's keys. `pooled` tells how many frames were read to make them,
 so that a test also proves that the cache was used, or that it was not.
 """
@@ -14,6 +14,7 @@ import torch
 
 import lightforcing as lf
 from lightforcing import ops
+from lightforcing.step import Step
 
 SMALL = {"block_q": 16, "block_k": 16}
 PRESETS = ["paper", "fast"]
@@ -28,22 +29,25 @@ class Guard:
 @pytest.fixture
 def guard(monkeypatch):
     seen = Guard()
-    compress, select = ops.compress, ops.select_blocks
+    run, plan, made = Step.run, Step.__init__, {}
 
-    def pooling(x, frame_tokens, **keywords):
-        seen.pooled.append(x.shape[1] // frame_tokens)
-        return compress(x, frame_tokens, **keywords)
+    def planning(step, q, k, v, **keywords):
+        part = keywords["block_k"] // (1 if keywords["score"] == "mean" else 4)
+        made[step] = keywords["frame_tokens"], part
+        plan(step, q, k, v, **keywords)
 
-    def selecting(q, k, *, frame_tokens, score, block_k, k_means=None, **keywords):
-        seen.given.append(k_means is not None)
-        if k_means is not None:
-            block = block_k if score == "mean" else block_k // 4
-            assert torch.equal(k_means, compress(k, frame_tokens, block=block)), "stale means"
-        return select(q, k, frame_tokens=frame_tokens, score=score, block_k=block_k,
-                      k_means=k_means, **keywords)  # fmt: skip
+    def running(step, q, k, v, means=None, held=0, want_lse=False):
+        tokens, block = made[step]
+        result = run(step, q, k, v, means, held, want_lse)
+        seen.given.append(means is not None)
+        if means is not None:
+            seen.pooled.append(k.shape[1] // tokens - held)
+            fresh = ops.compress(k, tokens, block=block)
+            assert torch.equal(means[:, : fresh.shape[1]], fresh), "stale means"
+        return result
 
-    monkeypatch.setattr(ops, "compress", pooling)
-    monkeypatch.setattr(ops, "select_blocks", selecting)
+    monkeypatch.setattr(Step, "__init__", planning)
+    monkeypatch.setattr(Step, "run", running)
     return seen
 
 

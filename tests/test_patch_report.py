@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lightforcing as lf
-from lightforcing import ops, report, stats
+from lightforcing import report, stats
+from lightforcing.step import Step
 
 SMALL = {"block_q": 16, "block_k": 16}
 
@@ -164,24 +165,29 @@ def test_timing_by_layer_and_chunk(model, monkeypatch):
     assert values["ms"] == 18_000 and values["dense_ms"] == 6_000
     assert [c["ms"] for c in values["layers"][0]["chunks"]] == [3_000, 3_000, 3_000]
     # A step is 5 readings from one entry of layer 0 to the next, 2 of them attention.
-    assert handle.record.steps == 8
+    assert handle.record.steps == 6  # the last of a chunk ends with whatever comes before the next
     assert values["attention_share"] == pytest.approx(2 / 5)
     assert "attention took 40% of a step, as it ran" in handle.report()
     assert "ms a call" in handle.report() and "1000.000" in handle.report()
-    # Dense steps: 3 of 2 in 5. Sparse: 2 / density in 3 + 2 / density, at 3 of 12 and 3 of 18.
-    dense, wall = 3 * 2 + 3 * 8 + 2 * 12, 3 * 5 + 3 * 11 + 2 * 15
+    # Dense steps: 2 in 5. Sparse: 2 / density in 3 + 2 / density, at 3 of 12 and 3 of 18.
+    dense, wall = 2 * 2 + 2 * 8 + 2 * 12, 2 * 5 + 2 * 11 + 2 * 15
     assert handle.record.dense_attention_share == pytest.approx(dense / wall)
     plan = handle.explain()
     assert plan.attention_share == pytest.approx(dense / wall)
     assert plan.step_gain > 1 and "whole step" in str(plan)
 
 
-def test_steps_end_where_a_new_video_begins(model):
+def test_steps_are_of_one_chunk(model):
+    """What lies between two chunks, or two videos, may be a decoder's time."""
     with lf.patched(model, "fast", timing=True, **SMALL) as handle:
         ar.rollout(model, 2)
-        assert handle.record.steps == 5
+        assert handle.record.steps == 4
         ar.rollout(model, 2)
-        assert handle.record.steps == 10  # the pause between the videos is not a step
+        assert handle.record.steps == 8
+        caches = ar.new_cache(model), ar.new_cache(model)
+        for cache in caches:  # two videos of one forward
+            ar.rollout(model, 1, steps=0, cache=cache)
+        assert handle.record.steps == 8
 
 
 def test_timing_is_off_by_default(model):
@@ -193,18 +199,19 @@ def test_timing_is_off_by_default(model):
 @pytest.mark.parametrize("preset", ["paper", "fast"])
 def test_probe_is_the_share_of_dense_attention_mass(preset, monkeypatch):
     """Against the softmax mass in float64 of the same rows."""
-    truth, select = [], ops.select_blocks
+    truth, run = [], Step.run
 
-    def selecting(q, k, **keywords):
-        blocks = select(q, k, **keywords)
+    def running(step, q, k, v, *rest, **keywords):
+        result = run(step, q, k, v, *rest, **keywords)
+        blocks = step.blocks(result[2])
         logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * q.shape[3] ** -0.5
         token = torch.arange(k.shape[1])
         kept = blocks.to_bool()[:, :, torch.arange(q.shape[1]) // 16]
         kept = kept[..., token // 20 * 2 + token % 20 // 16]
         truth.append((logits.softmax(-1) * kept).sum(-1).flatten())
-        return blocks
+        return result
 
-    monkeypatch.setattr(ops, "select_blocks", selecting)
+    monkeypatch.setattr(Step, "run", running)
     model = ar.make(layers=1)
     with lf.patched(model, preset, probe=10_000, **SMALL) as handle:  # every row
         ar.rollout(model, 2, steps=0)

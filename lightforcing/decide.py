@@ -1,0 +1,132 @@
+"""What a call of a patched model comes to, decided once for all calls of its kind.
+
+A video makes thousands of attention calls, but only of a few kinds: every layer and denoising step
+of a chunk has the same shapes at the same place. :class:`Decisions` remembers the answer by
+``_core.facts`` (shapes, strides, dtype, device and stream as bytes), place and chunk size; reasons
+that change from call to call (a context, a step, a layer) are the handle's.
+"""
+
+import threading
+
+import torch
+
+from . import ops, reasons
+from .selectors.choose import grid_of, needs_grid
+from .step import Step
+
+MOST = 256  # kinds remembered; a chunk makes one or two
+
+
+class Decision:
+    """The answer for one kind of call."""
+
+    __slots__ = ("frame_tokens", "query", "past", "frames", "size", "chunk", "end", "window",
+                 "pairs", "reason", "sparsity", "kept", "density", "raised", "step",
+                 "keys")  # fmt: skip
+
+    def __init__(self, frame_tokens, query, past, size, first_frame, window, pairs):
+        """A call in whole frames."""
+        self.frame_tokens = frame_tokens
+        self.query, self.past, self.frames = query, past, query + past  # frames
+        self.size = size  # frames of a chunk
+        self.chunk = -(-first_frame // size) + 1  # 1 is the first
+        self.end = first_frame + size  # n of the schedule
+        self.window = window
+        self.pairs = pairs  # of queries and keys, over the heads
+        self.reason = None  # to stay dense
+        self.sparsity, self.density = 0.0, 1.0
+        self.kept = 0  # key blocks of a row
+        self.raised = 0  # keep_frames, where the budget forced it up
+        self.step = None  # the call itself, where the core takes it in one
+        self.keys = None  # of the means kept for such keys, beside their address
+
+
+def place(visit, q, k, size, window):
+    """The call in whole frames, or None if that is not known."""
+    if visit.first_frame is None or not (_is_blhd(q) and _is_blhd(k)):
+        return None
+    tokens, lq, lk = visit.frame_tokens, q.shape[1], k.shape[1]
+    if lq % tokens or lk % tokens or not 0 < lq <= lk:
+        return None
+    query, pairs = lq // tokens, q.shape[0] * q.shape[2] * lq * lk
+    return Decision(tokens, query, lk // tokens - query, size(query), visit.first_frame, window,
+                    pairs)  # fmt: skip
+
+
+def _is_blhd(x):
+    return isinstance(x, torch.Tensor) and x.dim() == 4
+
+
+def decide(decision, config, schedule, visit, known, q, k, v):
+    """Complete a decision that :func:`place` began.
+
+    Args:
+        decision: changed in place.
+        config: the settings.
+        schedule: ``(frames_per_chunk, window)`` to the solved schedule.
+        visit: the running forward.
+        known: were the tensors' facts read? Then the core takes the call in one step.
+        q, k, v: the tensors.
+    """
+    d = decision
+    stream = torch.cuda.current_stream(k.device).cuda_stream if k.is_cuda else 0
+    part = config.block_k if config.score == "mean" else config.block_k // 4
+    d.keys = (k.stride(), k.shape[0], k.shape[2:], k.dtype, k.device, stream, d.frame_tokens, part)
+    d.reason = reasons.unsupported(q, k, v) or _plan(d, config, schedule, visit)
+    if d.reason is None and known and config.plain:
+        d.step = Step(q, k, v, frame_tokens=d.frame_tokens, sparsity=d.sparsity,
+                      **config.selection())  # fmt: skip
+
+
+def _plan(d, config, schedule, visit):
+    """The sparsity of the call, or why it has none."""
+    if d.past == 0 and d.query > d.size:
+        return reasons.RECACHE
+    dense_frames = config.dense_frames
+    if dense_frames is None:
+        dense_frames = 0 if config.schedule else d.size
+    if visit.first_frame < dense_frames or d.past == 0:
+        if visit.first_frame < d.size:
+            return reasons.FIRST_CHUNK
+        return reasons.DENSE_FRAMES if d.past else reasons.NO_PAST
+    d.sparsity = float(schedule(d.size, d.window).at(d.end))
+    if d.sparsity == 0:
+        return reasons.ZERO
+    blocks, kept, keep_frames = ops.plan_selection(
+        d.query,
+        d.frames,
+        d.frame_tokens,
+        sparsity=d.sparsity,
+        block_k=config.block_k,
+        keep_frames=config.keep_frames,
+        hierarchy=config.hierarchy and config.selector is None,
+    )
+    if kept >= blocks:
+        return reasons.ALL_KEPT
+    if needs_grid(config) and grid_of(config, visit) is None:
+        return reasons.NO_TILES
+    d.kept, d.density = kept, kept / blocks
+    if (
+        config.selector is None
+        and config.hierarchy
+        and config.keep_frames < min(keep_frames, d.past)
+    ):
+        d.raised = keep_frames
+    return None
+
+
+class Decisions:
+    """The last :data:`MOST` decisions by kind."""
+
+    def __init__(self):
+        """None yet."""
+        self._lock = threading.Lock()
+        self._known = {}
+        self.get = self._known.get
+
+    def put(self, key, decision):
+        """Remember one; the oldest is forgotten when there are too many."""
+        with self._lock:
+            while len(self._known) >= MOST:
+                del self._known[next(iter(self._known))]
+            self._known[key] = decision
