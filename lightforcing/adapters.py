@@ -134,21 +134,21 @@ class GlobalAttention(Adapter):
         if cache is None:
             return reasons.TRAINING
         start = arguments.get("current_start", 0)
-        if isinstance(start, torch.Tensor) and start.device.type == "cpu" and start.numel() == 1:
-            start = start.item()
-        if not isinstance(start, int):
-            return reasons.NO_POSITION
+        if type(start) is not int:
+            start = _integer(start)
+            if start is None:
+                return reasons.NO_POSITION
         keys = cache.get("k") if isinstance(cache, dict) else None
         grid, sink = _grid(arguments), _attribute(layer, "sink_size")
-        return Call(
-            start=start,
-            frame_tokens=grid[0] * grid[1] if grid else _frame_tokens(arguments),
-            window=_window(_attribute(layer, "local_attn_size")),
-            cache=id(cache),
-            keys=keys if isinstance(keys, torch.Tensor) else None,
-            grid=grid,
-            order=_attribute(layer, "token_order") or "raster",
-            sink=sink if isinstance(sink, int) and sink > 0 else 0,
+        return Call(  # by place, which takes a third of the time
+            start,
+            grid[0] * grid[1] if grid else _frame_tokens(arguments),
+            _window(_attribute(layer, "local_attn_size")),
+            id(cache),
+            keys if isinstance(keys, torch.Tensor) else None,
+            grid,
+            _attribute(layer, "token_order") or "raster",
+            sink if isinstance(sink, int) and sink > 0 else 0,
         )
 
     def install(self, layer, user):
@@ -166,6 +166,13 @@ def _attribute(layer, name):
     """The attribute, or None; asking a module for one that it lacks takes microseconds."""
     own = layer.__dict__
     return own[name] if name in own else getattr(type(layer), name, None)
+
+
+def _integer(value):
+    """A Python integer from an integer of another kind, never from a tensor on a device."""
+    if isinstance(value, torch.Tensor) and value.is_cpu and value.numel() == 1:
+        value = value.item()
+    return value if isinstance(value, int) else None
 
 
 def _grid(arguments):
@@ -222,7 +229,10 @@ def parameters(function):
 def bind(module, args, kwargs):
     """The arguments of ``module.forward`` by name, defaults included; unknown ones are kept."""
     names, defaults = _known(type(module).forward)
-    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    arguments = dict(zip(names, args))  # noqa: B905 - zip(strict=) takes twice as long
+    if kwargs:
+        arguments |= kwargs
+    return arguments if len(arguments) == len(names) else {**defaults, **arguments}
 
 
 @functools.cache

@@ -57,7 +57,7 @@ def _is_blhd(x):
     return isinstance(x, torch.Tensor) and x.dim() == 4
 
 
-def decide(decision, config, schedule, visit, known, q, k, v):
+def decide(decision, config, schedule, visit, q, k, v, spare):
     """Complete a decision that :func:`place` began.
 
     Args:
@@ -65,17 +65,19 @@ def decide(decision, config, schedule, visit, known, q, k, v):
         config: the settings.
         schedule: ``(frames_per_chunk, window)`` to the solved schedule.
         visit: the running forward.
-        known: were the tensors' facts read? Then the core takes the call in one step.
-        q, k, v: the tensors.
+        q: the queries.
+        k: the keys.
+        v: the values.
+        spare: workspaces for :class:`Step`; None: the core does not take the call in one step.
     """
     d = decision
     stream = torch.cuda.current_stream(k.device).cuda_stream if k.is_cuda else 0
     part = config.block_k if config.score == "mean" else config.block_k // 4
     d.keys = (k.stride(), k.shape[0], k.shape[2:], k.dtype, k.device, stream, d.frame_tokens, part)
     d.reason = reasons.unsupported(q, k, v) or _plan(d, config, schedule, visit)
-    if d.reason is None and known and config.plain:
+    if d.reason is None and spare is not None and config.plain:
         d.step = Step(q, k, v, frame_tokens=d.frame_tokens, sparsity=d.sparsity,
-                      **config.selection())  # fmt: skip
+                      **config.selection(), spare=spare)  # fmt: skip
 
 
 def _plan(d, config, schedule, visit):

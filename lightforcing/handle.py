@@ -49,6 +49,7 @@ class Handle:
         self._chooser = Chooser()
         self._schedules = {}
         self._decisions, self._last = Decisions(), None
+        self._spare = {}  # workspaces, by stream
         self._warned = set()
         self.shortest_query = None  # frames, of the calls with a cache
 
@@ -126,6 +127,7 @@ class Handle:
             hook.detach(hooked)
             self.adapter.remove(hooked.module, self)
         self._means.clear()
+        self._spare.clear()
 
     def __enter__(self):
         """The handle itself."""
@@ -232,10 +234,9 @@ class Handle:
             out, lse, density = self._apart(visit, decision, q, k, v)
         else:
             entry = self._means[layer].enter(visit, k, decision)
-            if entry is None:
-                out, lse, _ = step.run(q, k, v, want_lse=config.probe > 0)
-            else:
-                out, lse, _ = step.run(q, k, v, entry.means, entry.frames, config.probe > 0)
+            means, held = (None, 0) if entry is None else (entry.means, entry.frames)
+            out, lse, _ = step.run(q, k, v, means, held, config.probe > 0, visit.capture != 0)
+            if entry is not None:
                 entry.frames = decision.frames
         if timer is not None:
             timer.stop()
@@ -298,7 +299,8 @@ class Handle:
         self._tell(decision)
         if known is None:
             visit.address = address_inside(k, visit.keys)
-        decide(decision, self.config, self.schedule, visit, known is not None, q, k, v)
+        spare = None if known is None else self._spare
+        decide(decision, self.config, self.schedule, visit, q, k, v, spare)
         if key is not None and self.config.plain:
             self._decisions.put((key, self.chunk_frames), decision)
         return decision

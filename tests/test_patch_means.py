@@ -36,9 +36,9 @@ def guard(monkeypatch):
         made[step] = keywords["frame_tokens"], part
         plan(step, q, k, v, **keywords)
 
-    def running(step, q, k, v, means=None, held=0, want_lse=False):
+    def running(step, q, k, v, means, held, want_lse, fresh):
         tokens, block = made[step]
-        result = run(step, q, k, v, means, held, want_lse)
+        result = run(step, q, k, v, means, held, want_lse, fresh)
         seen.given.append(means is not None)
         if means is not None:
             seen.pooled.append(k.shape[1] // tokens - held)

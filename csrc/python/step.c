@@ -240,7 +240,10 @@ PyObject *py_sparse_step(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     if (borrow_own(args[4], "out", s.dtype, plan, &out) < 0) return NULL;
     if (sized(&out, 4, facts.shape[0]) < 0) return NULL;
     if (borrow_own(args[5], "workspace", LF_I32, plan, &work) < 0) return NULL;
-    if (sized(&work, 1, &plan->words) < 0) return NULL;
+    if (work.ndim != 1 || work.shape[0] < plan->words || work.stride[0] != 1) {
+        PyErr_SetString(PyExc_ValueError, "workspace: expected as many words as the plan has");
+        return NULL;
+    }
     if (args[8] != Py_None) {
         if (borrow_own(args[8], "lse", LF_F32, plan, &lse) < 0) return NULL;
         if (sized(&lse, 3, (const int64_t[]){s.batch, s.heads, a.q_len}) < 0) return NULL;
