@@ -67,6 +67,34 @@ def block_sparse_attention(
     stream: int | None,
     /,
 ) -> Any: ...
+def facts(q: Any, k: Any, v: Any, keys: Any | None, /) -> tuple[bytes, int, int] | None: ...
+def plan_step(
+    q: Any,
+    k: Any,
+    v: Any,
+    frame_tokens: int,
+    sparsity: float,
+    keep_frames: int,
+    sink_frames: int,
+    near_frames: int,
+    score: str,
+    hierarchy: bool,
+    block_q: int,
+    block_k: int,
+    /,
+) -> tuple[Any, int, int]: ...
+def sparse_step(
+    plan: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    workspace: Any,
+    means: Any | None,
+    held: int,
+    lse: Any | None,
+    /,
+) -> None: ...
 def lists_to_bool(
     indices: NDArray[np.int32], counts: NDArray[np.int32], blocks: int, /
 ) -> NDArray[np.bool_]: ...
@@ -79,5 +107,6 @@ def set_threads(threads: int, /) -> None: ...
 def isa() -> str: ...
 def force_isa(name: str, /) -> None: ...
 def cuda_warmup(device: int, /) -> None: ...
+def is_disabled() -> bool: ...
 def force_kernel(name: str, /) -> None: ...
 def build_info() -> dict[str, Any]: ...

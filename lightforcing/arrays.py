@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,6 @@ def is_torch(x: Any) -> bool:
     """True for a torch tensor; never imports torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
-
-
-def disabled() -> bool:
-    """Does LIGHTFORCING_DISABLE say so? Anything but nothing, 0, false, no and off does."""
-    return os.environ.get("LIGHTFORCING_DISABLE", "").lower() not in ("", "0", "false", "no", "off")
 
 
 def compiling() -> bool:

@@ -13,7 +13,8 @@ import sys
 
 import lightforcing as lf
 
-from .arrays import disabled
+from . import _core
+
 
 # The static CUDA runtime inside the build decides which drivers can load it.
 DRIVER_FLOOR = {12: "525", 13: "580"}
@@ -159,7 +160,7 @@ def packages() -> list[dict]:
 def switches() -> dict:
     """The environment variables that change what runs."""
     variables = facts()["variables"]
-    if disabled():
+    if _core.is_disabled():
         advice = "unset LIGHTFORCING_DISABLE to run sparse attention"
         return check("variables", "ok", f"{said(variables)}: everything stays dense", advice)
     return check("variables", "ok", f"LIGHTFORCING_*: {said(variables)}")

@@ -96,7 +96,7 @@ PyObject *py_plan_step(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     lf_place place;
     lf_budget_arguments b = {0};
     call_plan *plan = NULL;
-    PyObject *capsule = NULL;
+    PyObject *capsule = NULL, *result = NULL;
     const lf_arg *q = &tensors[0], *k = &tensors[1], *v = &tensors[2];
 
     if (lf_arguments("plan_step", 12, nargs) < 0) return NULL;
@@ -108,32 +108,32 @@ PyObject *py_plan_step(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
         return NULL;
     }
     const int known = read_facts(args, tensors, &plan->facts);
-    if (known < 0) goto failed;
+    if (known < 0) goto done;
     if (known == 0) {
         PyErr_SetString(PyExc_TypeError, "q, k, v: expected 4-D float tensors of one device, of a "
                                          "type with a DLPack exchange table");
-        goto failed;
+        goto done;
     }
     lf_select_params *s = &plan->select;
     lf_attend_params *a = &plan->attend;
-    if (lf_shape(q, "BQHD", &dims) < 0 || lf_shape(k, "BKHD", &dims) < 0) goto failed;
-    if (lf_shape(v, "BKHD", &dims) < 0) goto failed;
-    if (lf_same_dtype(k, q) < 0 || lf_same_dtype(v, q) < 0) goto failed;
-    if (lf_placed("sparse_step", 3, (const lf_arg *[]){q, k, v}, Py_None, &place) < 0) goto failed;
-    if (lf_head_size(q, LF_DIM(dims, 'D')) < 0) goto failed;
-    if (lf_integer(args[3], "frame_tokens", 1, INT32_MAX, &s->frame_tokens) < 0) goto failed;
-    if (lf_whole_frames("q", "Lq", LF_DIM(dims, 'Q'), s->frame_tokens) < 0) goto failed;
-    if (lf_whole_frames("k", "Lk", LF_DIM(dims, 'K'), s->frame_tokens) < 0) goto failed;
+    if (lf_shape(q, "BQHD", &dims) < 0 || lf_shape(k, "BKHD", &dims) < 0) goto done;
+    if (lf_shape(v, "BKHD", &dims) < 0) goto done;
+    if (lf_same_dtype(k, q) < 0 || lf_same_dtype(v, q) < 0) goto done;
+    if (lf_placed("sparse_step", 3, (const lf_arg *[]){q, k, v}, Py_None, &place) < 0) goto done;
+    if (lf_head_size(q, LF_DIM(dims, 'D')) < 0) goto done;
+    if (lf_integer(args[3], "frame_tokens", 1, INT32_MAX, &s->frame_tokens) < 0) goto done;
+    if (lf_whole_frames("q", "Lq", LF_DIM(dims, 'Q'), s->frame_tokens) < 0) goto done;
+    if (lf_whole_frames("k", "Lk", LF_DIM(dims, 'K'), s->frame_tokens) < 0) goto done;
     if (LF_DIM(dims, 'Q') < 1 || LF_DIM(dims, 'K') < LF_DIM(dims, 'Q')) {
         PyErr_Format(PyExc_ValueError, "q: expected 1 to Lk = %lld tokens, got %lld",
                      (long long)LF_DIM(dims, 'K'), (long long)LF_DIM(dims, 'Q'));
-        goto failed;
+        goto done;
     }
-    if (lf_read_budget(args[4], args[5], args[6], args[7], args[9], &b) < 0) goto failed;
-    if (lf_read_score(args[8], &s->score) < 0) goto failed;
-    if (lf_integer(args[10], "block_q", 16, 128, &s->block_q) < 0) goto failed;
-    if (lf_block_size(args[11], "block_k", 16, &s->block_k) < 0) goto failed;
-    if (lf_softmax_scale(Py_None, LF_DIM(dims, 'D'), &s->scale) < 0) goto failed;
+    if (lf_read_budget(args[4], args[5], args[6], args[7], args[9], &b) < 0) goto done;
+    if (lf_read_score(args[8], &s->score) < 0) goto done;
+    if (lf_integer(args[10], "block_q", 16, 128, &s->block_q) < 0) goto done;
+    if (lf_block_size(args[11], "block_k", 16, &s->block_k) < 0) goto done;
+    if (lf_softmax_scale(Py_None, LF_DIM(dims, 'D'), &s->scale) < 0) goto done;
 
     s->q_frames = LF_DIM(dims, 'Q') / s->frame_tokens;
     s->k_frames = LF_DIM(dims, 'K') / s->frame_tokens;
@@ -179,11 +179,11 @@ PyObject *py_plan_step(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
         plan->words = lf_ceil_div(lf_attend_cuda_workspace(a, place.device), 4);
     }
     plan->words += plan->list_words + plan->select_words;
-    return Py_BuildValue("(NLL)", capsule, (long long)s->kept, (long long)plan->words);
+    result = Py_BuildValue("(OLL)", capsule, (long long)s->kept, (long long)plan->words);
 
-failed:
+done:
     Py_DECREF(capsule);
-    return NULL;
+    return result;
 }
 
 /* An array for the step to write to or read: `dtype`, on the plan's device. */
