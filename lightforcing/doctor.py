@@ -15,7 +15,6 @@ import lightforcing as lf
 
 from . import _core
 
-
 # The static CUDA runtime inside the build decides which drivers can load it.
 DRIVER_FLOOR = {12: "525", 13: "580"}
 REBUILD = "to build it: `pip install .` in a checkout with nvcc on PATH"
