@@ -156,9 +156,9 @@ class Handle:
             return visit
         visit.call = call
         told, given = call.frame_tokens, self.config.frame_tokens
-        if given is None and self.config.grid:
-            given = self.config.grid[0] * self.config.grid[1]
         if told is None:
+            if given is None and self.config.grid:
+                given = self.config.grid[0] * self.config.grid[1]
             if given is None:
                 visit.reason = reasons.NO_GRID
                 return visit

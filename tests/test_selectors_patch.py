@@ -12,6 +12,7 @@ import lightforcing as lf
 from lightforcing import adapters, ops, reasons, selectors
 from lightforcing.models import Rollout
 from lightforcing.selectors import Budget, Mass, SlidingTile, Sparge, names
+from lightforcing.step import Step
 
 SCHEDULE = [0, 0.5, 0.6, 0.7, 0.8]
 SETTINGS = {"schedule": SCHEDULE, "block_q": 32, "block_k": 16, "strict": True}
@@ -28,7 +29,15 @@ def seen(monkeypatch):
             calls.append((q.clone(), k.clone(), blocks))
         return attend(q, k, v, blocks, **more)
 
+    run = Step.run
+
+    def in_one_step(step, q, k, v, *rest):
+        result = run(step, q, k, v, *rest)
+        calls.append((q.clone(), k.clone(), step.blocks(result[2])))
+        return result
+
     monkeypatch.setattr(ops, "block_sparse_attention", recorded)
+    monkeypatch.setattr(Step, "run", in_one_step)
     return calls
 
 
