@@ -22,7 +22,7 @@ def tiles_8(frames=4, q_frames=1, kept=4, **changes):
 
 def ragged(kept=6, **changes):
     """Frames of 4 x 5 tokens in raster order, blocks of 16 and 4; query blocks cross frames."""
-    return Geometry(20, 3, 9, kept, 32, 16, (4, 5), **changes)
+    return Geometry(20, 3, 9, kept, **{"block_q": 32, "block_k": 16, "grid": (4, 5), **changes})
 
 
 def key_blocks(g):

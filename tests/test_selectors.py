@@ -11,6 +11,7 @@ from selector_rules import (
     density,
     key_blocks,
     lists,
+    mass_table,
     mean_rule,
     morton,
     oracle_rule,
@@ -29,6 +30,7 @@ import lightforcing as lf
 from lightforcing import selectors
 from lightforcing.selectors import (
     Cubes,
+    Fine,
     Geometry,
     Mass,
     Radial,
@@ -360,6 +362,28 @@ def test_every_kept_of_a_built_in_selector_is_met():
         g = ragged(kept=blocks)
         q, k = noisy(g, heads=1)
         assert all(len(r) == blocks for r in chosen(make("mean"), g, q, k)[0][0])
+
+
+@pytest.mark.parametrize("g", [ragged(), tiles_8(frames=7, q_frames=2), ragged(kept=5, block_k=32)])
+@pytest.mark.parametrize("slab", [1, 1 << 20])
+def test_fine_mass_with_quarter_blocks_is_mass(g, slab, monkeypatch):
+    monkeypatch.setattr("lightforcing.selectors.fine.SLAB", slab)
+    q, k = noisy(g, batch=2, scale=1.5)
+    own = lf.select_blocks(q, k, frame_tokens=g.frame_tokens, sparsity=0.5, score="mass",
+                           hierarchy=False, block_q=g.block_q, block_k=g.block_k,
+                           return_scores=True)[1]  # fmt: skip
+    torch.testing.assert_close(Fine(g.block_k // 4).scores(q, k, g), own, atol=1e-5, rtol=1e-4)
+
+
+def test_fine_mass_of_single_tokens_is_the_truth():
+    g = ragged()
+    q, k = noisy(g, scale=1.5)
+    expected = [mass_table(head(q, h=h), head(k, h=h), g) for h in range(2)]
+    np.testing.assert_allclose(Fine(1).scores(q, k, g)[0].numpy(), expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="divisor of block_q = 32 and block_k = 16, got 32"):
+        Fine(32).scores(q, k, g)
+    with pytest.raises(ValueError, match="power of two"):
+        Fine(3)
 
 
 def test_guaranteed_slots():

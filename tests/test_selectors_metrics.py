@@ -22,7 +22,7 @@ from lightforcing.selectors import (
 )
 
 EXACT = [n for n in names() if make(n).exact]
-CONTENT = ["mean", "sparge", "sparge-topp", "vsa", "hsa", "lse", "mass", "oracle"]
+CONTENT = ["mean", "sparge", "sparge-topp", "vsa", "hsa", "lse", "mass", "mass-fine", "oracle"]
 
 
 def draw(g, seed=0, batch=1, heads=2, dim=16, scale=1.3, dtype=torch.float32):
@@ -185,7 +185,7 @@ def test_the_oracle_is_never_beaten_and_chance_is_the_floor(size):
             assert m[name]["recall"] > m["random"]["recall"], name
     assert m["random"]["recall"] == pytest.approx(share, abs=0.03)
     assert m["oracle"]["oracle_ratio"] == 1
-    ranked = ["random", "sta", "mean", "mass", "oracle"]
+    ranked = ["random", "sta", "mean", "mass", "mass-fine", "oracle"]
     assert [m[n]["recall"] for n in ranked] == sorted(m[n]["recall"] for n in ranked)
 
 
@@ -230,7 +230,7 @@ def test_planted_macro_blocks_are_found(layer):
     assert row == sorted(own + other)
 
 
-@pytest.mark.parametrize("name", ["mass", "lse", "oracle"])
+@pytest.mark.parametrize("name", ["mass", "mass-fine", "lse", "oracle"])
 def test_a_glyph_smaller_than_its_block_is_found_by_sub_blocks_only(name):
     g = Geometry(64, 1, 12, 3, 64, 64)
     generator = torch.Generator().manual_seed(2)

@@ -15,6 +15,7 @@ from .budget import Budget
 from .builtin import Hsa, Lse, Mass, Mean
 from .calibrate import calibrate
 from .dense import Dense
+from .fine import Fine
 from .oracle import Oracle
 from .radial import Radial
 from .random import Random
@@ -31,7 +32,7 @@ register(partial(Sparge, similarity=0.6), "sparge-sim")
 register(Vmoba)
 register(Cubes, "vsa")
 register(partial(Cubes, frames=3), "vsa-cube")
-for _factory in (Hsa, Lse, Mass, Oracle):
+for _factory in (Hsa, Lse, Mass, Fine, Oracle):
     register(_factory)
 
 
@@ -108,6 +109,6 @@ def select(
     return chosen.select(q, k, geometry)
 
 
-__all__ = ["Budget", "Cubes", "Dense", "Geometry", "Hsa", "Lse", "Mass", "Mean", "Oracle",
+__all__ = ["Budget", "Cubes", "Dense", "Fine", "Geometry", "Hsa", "Lse", "Mass", "Mean", "Oracle",
            "Radial", "Random", "Selector", "SlidingTile", "Sparge", "Vmoba", "calibrate", "make",
            "metrics", "names", "register", "select", "to_dict", "token_places"]  # fmt: skip
