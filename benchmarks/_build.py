@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import random
 import re
@@ -32,8 +33,8 @@ def random_weights(cls, size: Size, channels, kwargs):
     wanted = dict(
         model_type="t2v",
         dim=size.dim,
-        ffn_dim=2 * size.dim,
-        freq_dim=64,
+        ffn_dim=size.ffn or 2 * size.dim,
+        freq_dim=size.freq,
         text_dim=size.text,
         text_len=size.text_len,
         in_dim=channels,
@@ -43,7 +44,8 @@ def random_weights(cls, size: Size, channels, kwargs):
         **kwargs,
     )
     torch.manual_seed(size.seed)
-    model = cls(**{k: v for k, v in wanted.items() if k in known})
+    with torch.device(size.device):
+        model = cls(**{k: v for k, v in wanted.items() if k in known})
     torch.nn.init.normal_(model.head.head.weight, std=size.dim**-0.5)
     return model
 
@@ -128,18 +130,18 @@ class Rollout:
             self._resize(new_model=generator is None)
 
     def _stand_in(self, module):
-        if not torch.cuda.is_available():
+        if importlib.util.find_spec("flash_attn") is None:
             for name, loaded in self.checkout.loaded().items():
                 found = vars(loaded).get("flash_attention")
                 if found and getattr(found, "__module__", name) != name:
                     loaded.flash_attention = cross_attention
-            self.checkout.note("flash_attention in cross-attention", "flash-attn needs a GPU: SDPA")
+            self.checkout.note("flash_attention in cross-attention", "no flash-attn here: SDPA")
         self.checkout.note("text encoder", "11 GB of weights: embeddings from the prompt's hash")
         self.checkout.note("VAE", "weights not here: the first three latent channels")
 
     def _create(self, module, generator):
         size = self.size
-        encoder, vae = TextEncoder(size.text, size.dtype, size.text_len), Vae()
+        encoder, vae = TextEncoder(size.text, size.dtype, size.text_len, size.device), Vae()
         cls = getattr(module, self.entry.name)
         wrapper = getattr(module, "WanDiffusionWrapper", None)
         accepts = set(inspect.signature(wrapper.__init__).parameters) if wrapper else set()
@@ -147,7 +149,7 @@ class Rollout:
         with weights(self.checkout, size, self.channels):
             if self.entry.kind != "self-built":
                 given = {"generator": generator, "text_encoder": encoder, "vae": vae}
-                return cls(args, torch.device("cpu"), **given)
+                return cls(args, torch.device(size.device), **given)
             made = {"get_text_encoder_wrapper": encoder, "get_vae_wrapper": vae}
             if generator is not None:
                 made["get_diffusion_wrapper"] = generator
@@ -155,7 +157,7 @@ class Rollout:
             for name, thing in made.items():
                 setattr(module, name, lambda model_name, thing=thing: lambda: thing)
             try:
-                return cls(args, torch.device("cpu"))
+                return cls(args, torch.device(size.device))
             finally:
                 for name, thing in saved.items():
                     setattr(module, name, thing)
@@ -220,7 +222,7 @@ class Rollout:
         """Return the video's starting noise, [1, F, C, h, w]."""
         shape = (1, self.frames, self.channels, self.size.height, self.size.width)
         made = torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed))
-        return made.to(self.size.dtype)
+        return made.to(self.size.device, self.size.dtype)
 
     def run(self, seed=0, inference_mode=False):
         """Run the checkout's own loop once and return its latents, [1, F, C, h, w]."""

@@ -55,6 +55,9 @@ class Size:
     seed: int = 0
     text: int = 64  # channels of a prompt embedding (4096 in the released models)
     text_len: int = 512
+    ffn: int = 0  # 0: twice dim
+    freq: int = 64  # channels of a time embedding
+    device: str = "cpu"
 
     @property
     def frame_tokens(self):
@@ -194,9 +197,9 @@ def silence():
 class TextEncoder(torch.nn.Module):
     """Stand-in: an embedding drawn from the prompt's hash, [B, length, C]."""
 
-    def __init__(self, channels, dtype, length=512):
+    def __init__(self, channels, dtype, length=512, device="cpu"):
         super().__init__()
-        self.shape, self.kind = (length, channels), dtype
+        self.shape, self.kind, self.device = (length, channels), dtype, device
 
     def forward(self, text_prompts):
         """Return the conditioning dict for a list of prompts."""
@@ -204,7 +207,7 @@ class TextEncoder(torch.nn.Module):
         for prompt in text_prompts:
             seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
             made.append(torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)))
-        return {"prompt_embeds": torch.stack(made).to(self.kind)}
+        return {"prompt_embeds": torch.stack(made).to(self.device, self.kind)}
 
 
 class Vae(torch.nn.Module):
@@ -218,10 +221,11 @@ class Vae(torch.nn.Module):
 
 
 def cross_attention(q, k, v, q_lens=None, k_lens=None, **unused):
-    """Stand-in for `flash_attention` on the CPU: exact, [B, L, H, D], keys past k_lens out."""
+    """Stand-in for `flash_attention` without flash-attn: exact, [B, L, H, D], k_lens kept."""
     mask = None
     if k_lens is not None:
-        mask = torch.arange(k.shape[1])[None, None, None] < k_lens.view(-1, 1, 1, 1)
+        place = torch.arange(k.shape[1], device=k.device)
+        mask = place[None, None, None] < k_lens.view(-1, 1, 1, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
 

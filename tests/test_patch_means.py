@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lightforcing as lf
-from lightforcing import ops
+from lightforcing import _core, ops
 from lightforcing.step import Step
 
 SMALL = {"block_q": 16, "block_k": 16}
@@ -378,3 +378,32 @@ def test_the_cache_dict_is_not_kept_alive(one_layer):
         del cache
         gc.collect()
         assert ghost() is None
+
+
+# ---- CUDA graphs, told by a stand-in for the stream ----------------------------------------
+
+
+def test_a_graph_pools_what_it_reads(guard, one_layer, monkeypatch):
+    """A graph may be replayed at any time: it trusts no means but its own."""
+    facts, graph = _core.facts, [0]
+    monkeypatch.setattr(_core, "facts", lambda *a: (*facts(*a)[:2], graph[0]))
+    cache = ar.new_cache(one_layer)
+    with lf.patched(one_layer, "fast", **SMALL) as handle:
+        ar.rollout(one_layer, 3, cache=cache)
+        assert handle._spare
+        spare = dict(handle._spare)
+        graph[0] = 7
+        for _ in range(2):  # two steps of chunk 4 in one graph
+            forward(one_layer, cache, 9)
+        assert guard.pooled[6:] == [12, 3]
+        graph[0] = 8
+        forward(one_layer, cache, 9)
+        assert guard.pooled[8:] == [12]
+        assert all(handle._spare[key] is x for key, x in spare.items())  # graphs take their own
+        graph[0] = 0  # replays write keys that no version tells of
+        forward(one_layer, cache, 9)
+        forward(one_layer, cache, 12)
+        assert guard.pooled[9:] == [] and guard.given[-2:] == [False, False]
+        other = ar.new_cache(one_layer)
+        ar.rollout(one_layer, 3, cache=other)
+        assert guard.pooled[9:] == [6, 3, 3, 3, 3, 3]

@@ -1,0 +1,212 @@
+"""How much faster the DiT of an unmodified Self Forcing checkout makes a 5 s video when patched.
+
+    python benchmarks/self_forcing.py PATH [--preset paper --preset fast] [--rounds 3] [--json FILE]
+
+PATH is a checkout of Self Forcing (its files are read, never written). Its own pipeline and chunk
+loop run at the released size: 1.3B, 30 layers, 12 heads of 128, 21 latent frames of 60 x 104 (1560
+tokens), bf16, four steps and a clean pass a chunk, 1050 self-attention calls a video. Weights are
+random, the text encoder and the VAE are stand-ins that take no time, so the loop is the DiT and the
+scheduler. Dense attention is the checkout's own fallback, torch's SDPA, with cuDNN first.
+
+Videos take turns: dense, each preset, and one whose self-attention is left out (the queries are
+returned), which no faster attention can beat: that is the limit of patching attention alone. The
+loop reads a counter back from the GPU in every layer, so the GPU waits while the host launches the
+next kernels; `busy` is the sum of all kernels of one chunk (the last) against its wall time, from
+torch.profiler, and says how much of the limit is the host's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from _build import Rollout  # noqa: E402
+from _checkout import Checkout  # noqa: E402
+from _entries import Size, Variant, recognise  # noqa: E402
+from timing import clocks, machine  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+import lightforcing as lf  # noqa: E402
+
+RELEASED = dict(dim=1536, heads=12, ffn=8960, freq=256, text=4096, height=60, width=104, chunks=7)
+ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+FREE = "no self-attention"
+
+
+class Clock:
+    """Begins of the model's forwards on the host, and a profile of some of them."""
+
+    def __init__(self, generator, forwards):
+        self.forwards, self.begins, self.profiled = forwards, [], None
+        self.wanted = None  # (first, last) forward to profile
+        generator.register_forward_pre_hook(self._begin)
+        generator.register_forward_hook(self._end)
+
+    def _begin(self, *unused):
+        if self.wanted and len(self.begins) == self.wanted[0]:
+            torch.cuda.synchronize()
+            self.profiled = profile(activities=[ProfilerActivity.CUDA])
+            self.profiled.__enter__()
+        self.begins.append(time.perf_counter())
+
+    def _end(self, *unused):
+        if self.wanted and len(self.begins) == self.wanted[1] + 1:
+            torch.cuda.synchronize()
+            self.profiled.__exit__(None, None, None)
+
+
+def without_attention(checkout):
+    """Its layers' dense call, replaced by a copy of the queries, while the block lasts."""
+
+    @contextlib.contextmanager
+    def replaced():
+        changed = []
+        for name, module in checkout.loaded().items():
+            if name.endswith("causal_model") and hasattr(module, "attention"):
+                changed.append((module, module.attention))
+                module.attention = lambda q, k, v: q.clone()
+        try:
+            yield
+        finally:
+            for module, attention in changed:
+                module.attention = attention
+
+    return replaced()
+
+
+def way(name, rollout):
+    """The context in which a named video is made."""
+    if name == "dense":
+        return contextlib.nullcontext()
+    if name == FREE:
+        return without_attention(rollout.checkout)
+    return lf.patched(rollout.pipeline, name, strict=True)
+
+
+def video(name, rollout, clock, wanted=None):
+    """One video: seconds, seconds of each chunk, and the handle's counts."""
+    clock.begins, clock.wanted = [], wanted
+    with way(name, rollout) as handle, sdpa_kernel(ORDER, set_priority=True):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        latents = rollout.run(0)
+        torch.cuda.synchronize()
+        end = time.perf_counter()
+        stats = handle.stats() if isinstance(handle, lf.Handle) else None
+    assert torch.isfinite(latents).all(), name
+    marks = [*clock.begins[:: clock.forwards], end]
+    chunks = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    return end - begin, chunks, stats
+
+
+def kernels(profiled):
+    """Kernels of a profile: number, seconds in all, and the longest by name."""
+    events = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    seconds, count = Counter(), Counter()
+    for event in events:
+        seconds[event.name] += event.time_range.elapsed_us() * 1e-6
+        count[event.name] += 1
+    longest = [
+        {"kernel": name[:90], "calls": count[name], "ms": 1e3 * s}
+        for name, s in seconds.most_common(8)
+    ]
+    return {"kernels": len(events), "busy_ms": 1e3 * sum(seconds.values()), "longest": longest}
+
+
+def run(options):
+    """Everything: a record for the JSON file."""
+    checkout = Checkout(options.path)
+    entry = next(e for e in recognise(checkout)[0] if e.kind == "few-step")
+    size = Size(layers=options.layers, device="cuda", **RELEASED)
+    rollout = Rollout(checkout, entry, Variant("no window"), size)
+    clock = Clock(rollout.pipeline.generator, forwards=5)
+    names = ["dense", *options.preset, FREE]
+    seconds, chunks, counts, profiles = {n: [] for n in names}, {}, {}, {}
+    for turn in range(options.rounds + 1):  # the first warms up
+        for name in names:
+            spent, chunks[name], stats = video(name, rollout, clock)
+            seconds[name] += [spent] if turn else []
+            if stats is not None:
+                counts[name] = {n: stats[n] for n in ("calls", "sparse_calls", "density", "dense")}
+    last = (size.chunks - 1) * clock.forwards
+    for name in names:
+        video(name, rollout, clock, (last, last + clock.forwards - 1))
+        profiles[name] = kernels(clock.profiled) | {"wall_ms": 1e3 * chunks[name][-1]}
+    return {
+        "environment": machine() | {"clocks": clocks()},
+        "checkout": {"name": checkout.name, "commit": checkout.commit(),
+                     "standins": checkout.standins},
+        "settings": {"layers": options.layers, "rounds": options.rounds, "frames": rollout.frames,
+                     **RELEASED},
+        "seconds": seconds, "chunk_seconds": chunks, "counts": counts, "last_chunk": profiles,
+    }  # fmt: skip
+
+
+def text(record):
+    """The tables."""
+    facts, median = record["environment"], statistics.median
+    lines = [
+        f"{facts['card']}, torch {facts['torch']}, cuDNN {facts['cudnn']}, "
+        f"{record['checkout']['name']} at {record['checkout']['commit']}, "
+        f"lightforcing {facts['lightforcing']} ({facts['commit']})",
+        f"{'DiT of a video':<20} {'seconds':>8} {'FPS':>6} {'x dense':>8}   chunks, ms",
+    ]
+    dense = median(record["seconds"]["dense"])
+    pictures = 4 * record["settings"]["frames"] - 3  # of the VAE, from latent frames
+    for name, seconds in record["seconds"].items():
+        chunks = " ".join(f"{1e3 * c:.0f}" for c in record["chunk_seconds"][name])
+        spent = median(seconds)
+        lines.append(
+            f"{name:<20} {spent:>8.3f} {pictures / spent:>6.1f} {dense / spent:>8.2f}   {chunks}"
+        )
+    lines.append(f"{'last chunk':<20} {'wall ms':>8} {'busy':>8} {'kernels':>8}")
+    for name, row in record["last_chunk"].items():
+        lines.append(
+            f"{name:<20} {row['wall_ms']:>8.1f} {row['busy_ms']:>8.1f} {row['kernels']:>8}"
+        )
+        lines += [f"    {k['ms']:>8.2f} {k['calls']:>6}  {k['kernel']}" for k in row["longest"]]
+    return "\n".join(lines)
+
+
+def arguments(argv):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", help="folder of a Self Forcing checkout")
+    parser.add_argument("--preset", action="append", help="may be repeated; default: paper fast")
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    options.preset = options.preset or ["paper", "fast"]
+    return options
+
+
+def main(argv=None):
+    """Run, print, keep."""
+    options = arguments(argv)
+    if not torch.cuda.is_available():
+        print("self_forcing: needs a GPU; benchmarks/pipelines.py runs checkouts on the CPU")
+        return 2
+    record = run(options)
+    print(text(record))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
