@@ -548,3 +548,25 @@ def test_options_that_cannot_be():
         with pytest.raises(ValueError, match=words):
             make_one()
     assert density([[1, 2]], tiles_8()) == 2 / 16
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_geometry(seed):
+    draw = np.random.default_rng(seed)
+    pick = lambda *of: of[draw.integers(len(of))]  # noqa: E731
+    for _ in range(4):
+        grid = int(draw.integers(1, 12)), int(draw.integers(1, 14))
+        q_frames, block_k, heads = int(draw.integers(1, 4)), pick(16, 32, 64, 128), 2
+        k_frames = q_frames + int(draw.integers(1, 9))
+        blocks = k_frames * -(-grid[0] * grid[1] // block_k)
+        g = Geometry(
+            grid[0] * grid[1], q_frames, k_frames, int(draw.integers(1, blocks + 1)),
+            pick(16, 48, 64, 128), block_k, grid, pick("raster", "morton"),
+            pick(None, k_frames + 3), pick(0, 1), layer=int(draw.integers(6)),
+        )  # fmt: skip
+        q, k = noisy(g, seed, scale=pick(0.0, 1.0, 4.0), heads=heads)
+        for name in names():
+            blocks = make(name).select(q, k, g)
+            lf.block_sparse_attention(q, k, k, blocks)  # checks order and range
+            total = g.blocks if name == "dense" else g.kept
+            assert blocks.counts.sum() == total * heads * g.rows, (name, g)
