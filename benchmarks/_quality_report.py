@@ -45,6 +45,8 @@ QUESTIONS = {
         ("mass count", "mean count"),
         ("mass count", "lse count"),
         ("mass count", "oracle count"),
+        ("mass count budget", "mass count"),
+        ("mass count guarantee", "mass count"),
         ("mass count refresh 2", "mass count"),
         ("mass count frames", "mass count"),
         ("mass count raster", "mass count"),

@@ -18,6 +18,7 @@ from lightforcing.blocks import frame_blocks
 FRAMES, CHUNK = 21, 3
 CHUNKS = FRAMES // CHUNK
 TARGET, BASE = 0.88, 0.98  # of the paper's 5 s schedule
+CALIBRATED = "calibrated"
 LAWS = ("cag", "uniform", "count", "reversed")
 
 
@@ -83,7 +84,8 @@ class Row:
         group: ``main``, ``laws``, ``pareto``, ``chunks`` (H1), ``frames`` (H4) or ``extras``.
         selector: a name that ``lightforcing.patch`` knows; None leaves every call dense.
         kept: blocks a row of queries keeps in chunks 2, 3 ...; 0 leaves a chunk dense.
-        settings: further fields of ``lightforcing.Config``.
+        settings: further fields of ``lightforcing.Config``; they win over ``selector``. A budget
+            of :data:`CALIBRATED` stands for one that is measured first.
         clips: share of the clips that are run; the costly rows take fewer.
     """
 
@@ -94,18 +96,17 @@ class Row:
     settings: dict = field(default_factory=dict)
     clips: float = 1.0
 
-    def config(self, table):
-        """The settings of the patch, or None for a dense row."""
+    def config(self, table, budget=None):
+        """The settings of the patch, or None for a dense row; ``budget`` is the measured one."""
         if self.selector is None:
             return None
         blocks = resident(table.frame_tokens, table.block_k)
         shares = [1 - k / n if k else 0.0 for k, n in zip(self.kept, blocks, strict=True)]
+        fields = {"selector": self.selector, "block_q": table.block_q, **self.settings}
+        if fields.get("budget") == CALIBRATED:
+            fields["budget"] = budget
         return lf.Config(
-            schedule=[0.0, *shares],
-            selector=self.selector,
-            block_k=table.block_k,
-            frames_per_chunk=CHUNK,
-            **{"block_q": table.block_q, **self.settings},
+            schedule=[0.0, *shares], block_k=table.block_k, frames_per_chunk=CHUNK, **fields
         )
 
 
@@ -190,7 +191,7 @@ def rows(table, selectors):
     made = [Row("dense")]
     costly = {"oracle": 0.25 if table.view == 128 else 1.0}
 
-    def add(group, selector, law, note="", keep=1 - TARGET, kept=None, **settings):
+    def add(group, selector, law, note="", keep=1 - TARGET, kept=None, /, **settings):
         if selector in selectors:
             made.append(
                 Row(
@@ -210,20 +211,24 @@ def rows(table, selectors):
             add("main", selector, law, " q128", block_q=128)
     for selector, law in REST:
         add("laws", selector, law)
-    add("extras", "mass", "cag", " frames", hierarchy=True)
-    add("extras", "mass", "count", " frames", hierarchy=True)
+    frames = dict(selector=None, score="mass", hierarchy=True)
+    forced = dict(name="mass", guarantee=0.25, sink_frames=1, near_frames=2)
+    add("extras", "mass", "count", " budget", budget=CALIBRATED)
     add("extras", "mass", "count", " refresh 2", refresh=2)
+    add("extras", "mass", "cag", " frames", **frames)
+    add("extras", "mass", "count", " frames", **frames)
+    add("extras", "mass", "count", " guarantee", selector=forced)
     add("extras", "mass", "count", " raster", layout="raster")
     add("extras", "mean", "cag", " raster", layout="raster")
     for keep in (0.05, 0.08, 0.20, 0.30):
         for selector, law in (("mass", "count"), ("mean", "cag"), ("hsa", "cag")):
-            add("pareto", selector, law, f" keep {keep:g}", keep=keep)
+            add("pareto", selector, law, f" keep {keep:g}", keep)
     for frames, sink, near in ((3, 1, 2), (9, 1, 2), (12, 1, 2), (6, 0, 0)):
         add("frames", "hsa", "cag", f" {frames}/{sink}/{near}",
             keep_frames=frames, sink_frames=sink, near_frames=near)  # fmt: skip
     for selector in ("mean", "mass"):
         for name, kept in starved(table).items():
-            add("chunks", selector, name, kept=kept)
+            add("chunks", selector, name, "", 1 - TARGET, kept)
     return made
 
 

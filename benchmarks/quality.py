@@ -34,12 +34,13 @@ from pathlib import Path
 import torch
 from _judge import Tally, judge, text
 from _paired import Store, digest
-from _rules import CHUNK, CHUNKS, TABLES, rows
+from _rules import CALIBRATED, CHUNK, CHUNKS, TABLES, Row, rows
 from cpu import commit, cpu_name
 
 import lightforcing as lf
 from lightforcing import capturing, selectors
 
+CALIBRATION = 1_000_000  # exam clips from this number on are measured for budgets, not scored
 JUDGED_STEPS = (0, 2, 4)  # of five: the first, the third, and the pass that fills the cache
 
 
@@ -57,6 +58,7 @@ class Exam:
     def __init__(self, model, clips, table, batch, seed=0):
         self.model, self.clips, self.table, self.batch, self.seed = model, clips, table, batch, seed
         self.dense = {}  # by first clip: the dense video, float16
+        self._budget = None
 
     def run(self, row):
         """One row: scores by clip, blocks kept in each chunk, and seconds.
@@ -67,7 +69,8 @@ class Exam:
 
         share = round(len(self.clips) * row.clips)
         count = min(len(self.clips), max(1, share))
-        begin, scores, config = time.perf_counter(), {}, row.config(self.table)
+        budget = self.budget() if row.settings.get("budget") == CALIBRATED else None
+        begin, scores, config = time.perf_counter(), {}, row.config(self.table, budget)
         handle = None if config is None else lf.patch(self.model, config=config)
         try:
             for start in range(0, count, self.batch):
@@ -89,6 +92,26 @@ class Exam:
             "scores": {n: [round(x, 4) for x in values] for n, values in scores.items()},
             "seconds": round(seconds, 2),
         }
+
+    def budget(self, clips=4):
+        """Blocks of every head, measured once on other clips than those that are scored."""
+        if self._budget is None:
+            from lightforcing import world
+
+            count = max(1, clips * 64 // self.table.view * 64 // self.table.view)
+            first, calls = world.EXAM_SEED + CALIBRATION, []
+            clip = world.clips(range(first, first + count), view=self.table.view)
+
+            def keep(call):
+                tensors = {n: getattr(call, n).clone() for n in "qkv"}
+                calls.append(capturing.Captured(**tensors, facts=call.facts))
+
+            layers = range(self.model.config.num_layers)
+            with capturing.watch(self.model, keep, layers=layers, steps=(0, 2)):
+                world.rollout(self.model, clip, seed=self.seed)
+            row = Row("", selector="mass", kept=self.table.counts("count"))
+            self._budget = selectors.calibrate(calls, row.config(self.table))
+        return self._budget
 
     def _kept(self, chunks):
         """Mean blocks that a row of queries read in chunks 2, 3 ..., as counted by the handle."""

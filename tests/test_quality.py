@@ -60,7 +60,7 @@ def test_rows_are_unique_and_their_settings_hold(table):
     assert len(set(names)) == len(names) and names[0] == "dense"
     assert names[1:4] == ["mass count", "mean cag", "hsa cag"]
     for row in made[1:]:
-        config = row.config(table)
+        config = row.config(table, selectors.Budget(((1.0,),)))
         kept = [
             lf.plan_selection(3, 3 * (i + 2), table.frame_tokens, sparsity=s, hierarchy=False,
                               block_k=table.block_k)[1] if s else 0
@@ -69,6 +69,8 @@ def test_rows_are_unique_and_their_settings_hold(table):
         assert tuple(kept) == row.kept
         if row.group not in ("pareto", "chunks"):
             assert sum(row.kept) == 153
+    frames = next(r for r in made if r.name == "mass count frames").config(table)
+    assert (frames.score, frames.hierarchy) == ("mass", True)
     paper = next(r for r in made if r.name == "hsa cag").config(table)
     assert (paper.score, paper.hierarchy, paper.keep_frames) == ("mean", True, 6)
 
@@ -115,6 +117,15 @@ def test_a_costly_row_takes_the_first_clips(exam):
     made = exam.run(row)
     assert made["clips"] == 1 and len(made["scores"]["bare"]) == 1
     assert made["kept"] == list(SMALL.counts("cag"))
+
+
+def test_a_budget_is_measured_and_keeps_the_total(exam):
+    row = _rules.Row("mass count budget", selector="mass", kept=SMALL.counts("count"),
+                     settings={"budget": _rules.CALIBRATED})  # fmt: skip
+    made = exam.run(row)
+    assert sum(made["kept"]) == sum(SMALL.counts("count"))
+    shares = np.array(exam.budget().shares)
+    assert shares.shape == (2, 1) and exam.budget() is exam.budget()
 
 
 def test_random_is_the_floor_of_recall_and_the_oracle_the_top(exam):
