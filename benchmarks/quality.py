@@ -269,12 +269,8 @@ def chosen(every, only):
     return [r for r in every if not only or r.selector is None or {r.name, r.selector} & set(only)]
 
 
-def main(argv=None):
-    args = parser().parse_args(argv)
-    if args.captured:
-        return captured(args)
-    import _quality_report
-
+def prepare(args):
+    """The exam, the rows to run and the store of a table, as the arguments ask."""
     from lightforcing import world
 
     cpu = not args.device.startswith("cuda")
@@ -284,22 +280,40 @@ def main(argv=None):
     seeds = range(world.EXAM_SEED, world.EXAM_SEED + args.clips)
     clips = world.clips(seeds, view=table.view, sweep=args.sweep, device=args.device)
     exam = Exam(model, clips, table, args.batch or (2 if cpu else table.batch), args.seed)
-    key = world_facts(args, table, digest(model))
-    store = Store(args.out / f"rows-{args.view}.jsonl", key)
-    todo = chosen(rows(table, selectors.names()), args.only)
+    store = Store(args.out / f"rows-{args.view}.jsonl", world_facts(args, table, digest(model)))
+    return exam, chosen(rows(table, selectors.names()), args.only), store
+
+
+def put_recall(exam, store, clips):
+    """Judge every selector on the dense trajectory of the first clips, and store it."""
+    tally = exam.judge([n for n in selectors.names() if n != "dense"], clips)
+    store.put("recall", clips=clips, cells=tally.cells, notes=tally.notes)
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    if args.captured:
+        return captured(args)
+    import _quality_report
+
     begin = time.perf_counter()
+    exam, todo, store = prepare(args)
 
     def report(line):
         print(f"{time.perf_counter() - begin:6.1f} s  {line}", flush=True)
 
-    report("{device}, commit {commit}, weights {weights}, {clips} clips of {view} px".format(**key))
+    facts = store.key
+    report(
+        "{device}, commit {commit}, weights {weights}, {clips} clips of {view} px".format(**facts)
+    )
     run_rows(exam, todo, store, args.seconds, report)
-    judged = args.judged if args.judged is not None else (1 if cpu or args.view == 128 else 4)
+    judged = args.judged
+    if judged is None:
+        judged = 4 if args.view == 64 and args.device.startswith("cuda") else 1
     if judged and "recall" not in store and time.perf_counter() - begin < args.seconds:
-        tally = exam.judge([n for n in selectors.names() if n != "dense"], judged)
-        store.put("recall", clips=judged, cells=tally.cells, notes=tally.notes)
+        put_recall(exam, store, judged)
         report(f"recall of {judged} clips")
-    summary = _quality_report.summary(store, table, key)
+    summary = _quality_report.summary(store, exam.table, facts)
     print(_quality_report.text(summary))
     if args.results:
         _quality_report.write(summary, args.results)
