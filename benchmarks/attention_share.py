@@ -2,6 +2,8 @@
 
     python benchmarks/attention_share.py [--size 1.3B] [--frames 21] [--preset paper --preset fast]
                                          [--json FILE] [--plot FILE]
+    python benchmarks/attention_share.py --checkout PATH [...]    (Self Forcing, on a GPU)
+    python benchmarks/attention_share.py --saved FILE --plot FILE (the picture of a saved run)
 
 Our own model with random weights makes one video dense and one with each preset, from the same
 noise: five forwards a chunk (four steps and the pass that fills the cache). A chunk's time is that
@@ -10,6 +12,9 @@ included, taken between CUDA events around each call, on a CPU by the clock. Whe
 slower than the GPU (few frames, small models) the time between two events also holds the host's
 time for the launches, as a user would feel it. A dense call is torch's SDPA: cuDNN where torch
 prefers it, see `--backend`.
+
+With `--checkout` it is the released size of an unmodified Self Forcing instead, in its own chunk
+loop, see self_forcing.py.
 
 On a GPU the size is 1.3B at 60 x 104 latents, on a CPU tiny at 16 x 24. The video runs once more
 in front, two chunks long, to warm up.
@@ -41,14 +46,14 @@ BACKENDS = {
 
 
 class AttentionClock:
-    """Times every self-attention call of :mod:`lightforcing.models.layers` while it is entered."""
+    """Times every call of a module's ``attention`` with itself while it is entered."""
 
-    def __init__(self, cuda):
-        self.cuda = cuda
+    def __init__(self, cuda, module=layers):
+        self.cuda, self.module = cuda, module
         self.marks = []  # (begin, end) of every call
 
     def __enter__(self):
-        inner = self.inner = layers.attention  # a patched model's shim, if there is one
+        inner = self.inner = self.module.attention  # a patched model's shim, if there is one
 
         def timed(q, k, v, *rest):
             if k.shape[1] < q.shape[1]:  # cross-attention: its text is shorter than a chunk
@@ -58,11 +63,11 @@ class AttentionClock:
             self.marks.append((begin, self._mark()))
             return out
 
-        layers.attention = timed
+        self.module.attention = timed
         return self
 
     def __exit__(self, *error):
-        layers.attention = self.inner
+        self.module.attention = self.inner
 
     def _mark(self):
         if not self.cuda:
@@ -131,6 +136,55 @@ def run(options):
     for preset in options.preset:
         videos[preset] = one_video(rollout, options, context, preset)
     return videos
+
+
+def checkout_videos(options):
+    """The same of a Self Forcing checkout at its released size."""
+    from self_forcing import ORDER, released
+
+    rollout = released(options.checkout, options.layers or 30)
+    (module,) = (
+        m for n, m in rollout.checkout.loaded().items() if n.endswith("modules.causal_model")
+    )
+    videos = {}
+    for _ in range(2):  # the first warms up
+        for name in ("dense", *options.preset):
+            patched = contextlib.nullcontext()
+            if name != "dense":
+                patched = lf.patched(rollout.pipeline, name, strict=True)
+            with patched, sdpa_kernel(ORDER, set_priority=True), AttentionClock(True, module) as c:
+                videos[name] = _chunks_of(rollout, c)
+    return videos
+
+
+def _chunks_of(rollout, clock, forwards=5):
+    """Rows of one video; the loop is not ours, so a chunk ends where the next one's model runs."""
+    rows, begins = [], []
+
+    def close():
+        attention, calls = clock.take()
+        begins.append(time.perf_counter())
+        if len(begins) > 1:
+            seconds = begins[-1] - begins[-2]
+            rows.append(
+                {
+                    "chunk": len(rows) + 1,
+                    "resident_frames": rollout.variant.chunk * (len(rows) + 1),
+                    "seconds": seconds,
+                    "attention_seconds": attention,
+                    "calls": calls,
+                    "share": attention / seconds,
+                }
+            )
+
+    count = iter(range(10**9))
+    hook = rollout.pipeline.generator.register_forward_pre_hook(
+        lambda *unused: close() if next(count) % forwards == 0 else None
+    )
+    rollout.run(0)
+    close()
+    hook.remove()
+    return rows
 
 
 def totals(rows):
@@ -229,6 +283,8 @@ def arguments(argv):
     parser.add_argument("--width", type=int, help="of the latents")
     parser.add_argument("--preset", action="append", help="may be repeated; default: paper fast")
     parser.add_argument("--backend", choices=BACKENDS, default="cudnn", help="of dense attention")
+    parser.add_argument("--checkout", metavar="PATH", help="folder of a Self Forcing checkout")
+    parser.add_argument("--saved", type=Path, metavar="FILE", help="JSON of a run: only plot it")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture; needs matplotlib")
     options = parser.parse_args(argv)
@@ -243,19 +299,23 @@ def arguments(argv):
 def main(argv=None):
     """Run, print, keep."""
     options = arguments(argv)
+    if options.saved:
+        record = json.loads(options.saved.read_text())
+        plot(record["videos"], options.plot, record["title"])
+        return 0
     facts = environment(options)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    title = (
-        f"causal Wan {options.size}, {options.frames} frames of {options.height} x {options.width}"
-    )
+    model = "Self Forcing" if options.checkout else "causal Wan"
+    title = f"{model} {options.size}, {options.frames} frames of {options.height} x {options.width}"
     if facts.get("card"):
         title += f", {facts['card']}"
     print(title)
-    videos = run(options)
+    videos = checkout_videos(options) if options.checkout else run(options)
     print(table(videos))
     if options.json:
-        settings = {n: v for n, v in vars(options).items() if n not in ("json", "plot")}
-        record = {"environment": facts, "settings": settings, "videos": videos}
+        apart = ("json", "plot", "saved", "checkout")
+        settings = {n: v for n, v in vars(options).items() if n not in apart}
+        record = {"title": title, "environment": facts, "settings": settings, "videos": videos}
         record["totals"] = {name: totals(rows) for name, rows in videos.items()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")

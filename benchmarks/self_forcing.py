@@ -124,12 +124,18 @@ def kernels(profiled):
     return {"kernels": len(events), "busy_ms": 1e3 * sum(seconds.values()), "longest": longest}
 
 
+def released(path, layers=30):
+    """The checkout's own pipeline at its released size, ready to run."""
+    checkout = Checkout(path)
+    entry = next(e for e in recognise(checkout)[0] if e.kind == "few-step")
+    size = Size(layers=layers, device="cuda", **RELEASED)
+    return Rollout(checkout, entry, Variant("no window"), size)
+
+
 def run(options):
     """Everything: a record for the JSON file."""
-    checkout = Checkout(options.path)
-    entry = next(e for e in recognise(checkout)[0] if e.kind == "few-step")
-    size = Size(layers=options.layers, device="cuda", **RELEASED)
-    rollout = Rollout(checkout, entry, Variant("no window"), size)
+    rollout = released(options.path, options.layers)
+    checkout, size = rollout.checkout, rollout.size
     clock = Clock(rollout.pipeline.generator, forwards=5)
     names = ["dense", *options.preset, FREE]
     seconds, chunks, counts, profiles = {n: [] for n in names}, {}, {}, {}
