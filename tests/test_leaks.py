@@ -11,6 +11,8 @@ import torch
 from numerics import draw
 
 import lightforcing as lf
+from lightforcing import _core
+from lightforcing.step import Step
 
 ROUNDS = 100_000
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -54,7 +56,16 @@ def calls(q, k, v):
     options = dict(frame_tokens=4, sparsity=0.5, block_q=16, block_k=16)
     blocks = lf.select_blocks(q, k, **options)
     means = lf.compress(k, 4, block=16)
-    return [
+    patched = []
+    if isinstance(q, torch.Tensor):
+        config = lf.Config(block_q=16, block_k=16, score="mean")
+        step = Step(q, k, v, frame_tokens=4, sparsity=0.5, **config.selection())
+        patched = [
+            lambda: step.run(q, k, v),
+            lambda: step.run(q, k, v, means, 1, want_lse=True),
+            lambda: _core.facts(q, k, v, k),
+        ]
+    return patched + [
         lambda: lf.compress(k, 4, block=16),
         lambda: lf.compress(k, 4, block=16, out=means),
         lambda: lf.select_blocks(q, k, **options),
