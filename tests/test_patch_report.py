@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import fake_ar as ar
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import lightforcing as lf
 from lightforcing import report, stats
+from lightforcing.decide import Decision
 from lightforcing.step import Step
 
 SMALL = {"block_q": 16, "block_k": 16}
@@ -147,6 +149,31 @@ def test_plan_of_short_last_and_lone_first_chunks():
     windowed = report.plan(lf.Config.preset("paper-long"))
     assert [r["kept"] for r in windowed.rows][:7] == [75, 39, 50, 60, 55, 52, 49]
     assert windowed.rows[-1]["resident_frames"] == 12 and len(windowed.rows) == 21
+
+
+def test_statistics_read_meanwhile_are_of_one_moment(monkeypatch):
+    """Another thread records while a snapshot is taken: it lands before or after, not between."""
+    record, call, writers = stats.Record(), Decision(20, 3, 3, 3, 3, None, 10), []
+
+    def write():
+        for layer in (0, 1):
+            record.sparse(layer, call, 0.5, None, None)
+
+    write()
+    add = stats.Cell.add
+
+    def slow(cell, other):
+        add(cell, other)
+        writers.append(threading.Thread(target=write))
+        writers[-1].start()
+        writers[-1].join(timeout=0.2)
+
+    monkeypatch.setattr(stats.Cell, "add", slow)
+    assert [cell.calls for cell in record.snapshot().values()] == [1, 1]
+    monkeypatch.undo()
+    for writer in writers:
+        writer.join()
+    assert [cell.calls for cell in record.snapshot().values()] == [3, 3]
 
 
 # ---- timing and recall -------------------------------------------------------------------
