@@ -1,7 +1,6 @@
 """The handle of a patched model: it decides call by call, and keeps the caches and the counts."""
 
 import logging
-import sys
 import threading
 import weakref
 from collections import OrderedDict, defaultdict
@@ -24,8 +23,6 @@ class Handle:
 
     ``print(handle)`` is the report. Leaving the ``with`` block unpatches.
     """
-
-    traced = True  # may torch.compile look into the methods below? See keep_untraced()
 
     def __init__(self, config, adapter):
         """Made by :func:`lightforcing.patch`."""
@@ -429,23 +426,6 @@ class Handle:
         if reason not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(reason)
             logger.warning("%s: dense because of %s (said once)", _where(layer, chunk), reason)
-
-
-def keep_untraced():
-    """Keep torch.compile, once it is loaded, out of the bookkeeping: a graph break each.
-
-    Addresses, versions and counts are no graph: tracing them is right, but took 40 s for four
-    chunks of a one-layer model. Loading dynamo takes seconds, so a process without it is left
-    alone, and Hook asks again.
-    """
-    if Handle.traced and "torch._dynamo" in sys.modules:
-        Handle.traced = False
-        for name in ("enter", "leave", "attend"):
-            setattr(Handle, name, torch.compiler.disable(getattr(Handle, name)))
-
-
-keep_untraced._torchdynamo_disable = True  # what torch.compiler.disable sets, without loading it
-Handle.keep_untraced = staticmethod(keep_untraced)
 
 
 def _where(layer, chunk):

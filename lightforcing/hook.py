@@ -9,8 +9,11 @@ unpatched layers and cross-attention are never touched.
 
 import functools
 import inspect
+import sys
 import threading
 import weakref
+
+import torch
 
 
 class _Local(threading.local):
@@ -20,6 +23,30 @@ class _Local(threading.local):
 
 local = _Local()
 _lock = threading.RLock()
+
+# ---- torch.compile ---------------------------------------------------------------------------
+#
+# The bookkeeping of a handle stays out of its sight, a graph break each: addresses, versions and
+# counts are no graph, and tracing them took 40 s for four chunks of a one-layer model.
+
+_watcher = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+apart = None  # apart(function, *arguments): the call, unseen; see keep_apart()
+
+
+def is_watched():
+    """Does torch.compile trace this line, or look at the frames of this thread?"""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(_watcher()) if _watcher is not None else "torch._dynamo" in sys.modules
+
+
+def keep_apart():
+    """Make :data:`apart`, which loads dynamo: seconds, where nobody compiles."""
+    global apart
+    apart = torch.compiler.disable(lambda function, *arguments: function(*arguments))
+
+
+keep_apart._torchdynamo_disable = True  # what torch.compiler.disable sets, without loading it
 
 
 class Visit:
@@ -65,15 +92,21 @@ class Hook:
         handle = self.handle
         if handle is None:
             return self.__wrapped__(*args, **kwargs)
-        if handle.traced:
-            handle.keep_untraced()
-        visit = handle.enter(self, args, kwargs)
+        watched = is_watched()
+        if watched and apart is None:
+            keep_apart()
+        visit = (
+            apart(handle.enter, self, args, kwargs) if watched else handle.enter(self, args, kwargs)
+        )
         outer, local.visit = local.visit, visit
         try:
             result = self.__wrapped__(*args, **kwargs)
         finally:
             local.visit = outer
-        handle.leave(visit)
+        if watched:
+            apart(handle.leave, visit)
+        else:
+            handle.leave(visit)
         return result
 
     @property
@@ -142,6 +175,10 @@ def route(original, args, kwargs):
     # No visit while it runs: an original that ends in another shim must not be counted twice.
     local.visit = None
     try:
+        if is_watched():
+            if apart is None:
+                keep_apart()
+            return apart(visit.hook.handle.attend, visit, original, args, kwargs)
         return visit.hook.handle.attend(visit, original, args, kwargs)
     finally:
         local.visit = visit

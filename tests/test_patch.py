@@ -393,6 +393,27 @@ def test_torch_compile_before_and_after(compiled_first):
         assert handle.stats()["sparse_calls"] == 4 and handle.stats()["calls"] == 6
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_does_not_see_the_bookkeeping(monkeypatch):
+    """Neither traced, nor met as frames of its own."""
+    seen, model = [], ar.make(layers=1)
+
+    def unseen(method):
+        def run(*args):
+            seen.append(hook.is_watched())
+            return method(*args)
+
+        return run
+
+    for name in ("enter", "attend", "leave"):
+        monkeypatch.setattr(lf.Handle, name, unseen(getattr(lf.Handle, name)))
+    with lf.patched(model, "fast", **SMALL) as handle:
+        model.compile(backend="eager")
+        ar.rollout(model, 3, steps=1)
+        assert handle.stats()["sparse_calls"] == 4
+    assert seen == [False] * 18
+
+
 def test_layers_taken_over_leave_the_old_handle_nothing():
     a, b, original = ar.make(), ar.make(seed=1), ar.attention
     first, second = lf.patch(a, **SMALL), lf.patch(b, **SMALL)
