@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import statistics
+
 import torch
 import torch.nn.functional as F
 from _gpu_rows import DEVICE, Truth, draw, qkv, sdpa
@@ -158,42 +161,56 @@ def _preset_calls(preset, frames, chunk, tokens, slices, k):
 # ---- host time ----------------------------------------------------------------------
 
 
-def host_rows():
-    """Host microseconds of one forward of a one-layer model: plain, and patched (sparse call).
+def host_rows(rounds=9, calls=100):
+    """Host microseconds of one attention layer's forward: plain, and patched (a sparse call).
+
+    The three take turns, since a host's clock drifts; a row is the median of its rounds, and an
+    `extra` row that of the differences within a round. The dense call that a sparse one replaces
+    is taken off by that: torch's SDPA, whose own time is the last row.
 
     Returns:
-        rows ``{"case", "kernel", "host_us"}``; their difference is what a patch costs a call,
-        the dense call that it replaces taken off.
+        rows ``{"case", "kernel", "host_us"}``.
     """
     config = WanConfig.named("tiny", dim=256, num_heads=2, num_layers=1)
     model = CausalWan(config, seed=0, dtype=torch.bfloat16, device=DEVICE).eval()
     model.num_frame_per_block = 3
     size = (16, 32)  # 128 tokens a frame: the device is never what is waited for
-    cache = model.new_cache(12, *size)
+    cache, layer = model.new_cache(12, *size), model.blocks[0].self_attn
     x = torch.randn(1, config.in_dim, 3, *size, device=DEVICE).to(torch.bfloat16)
-    context = None
-    rows = []
+    told = []
 
-    def forward(start=9):
-        return model(x, 500.0, context, cache=cache, start_frame=start)
-
-    with torch.no_grad():
+    def video():
         for start in (0, 3, 6, 9):
-            forward(start)
-        plain = host_us(forward)
-        rows.append({"case": "host", "kernel": "1-layer forward, plain", "host_us": plain})
-        for preset in ("paper", "fast"):
-            with lf.patched(model, preset, strict=True) as handle:
-                for start in (0, 3, 6, 9):
-                    forward(start)
-                spent = host_us(forward)
-                assert handle.stats()["sparse_calls"] > 0
-            name = f"1-layer forward, {preset}"
-            rows.append({"case": "host", "kernel": name, "host_us": spent})
-            rows.append(
-                {"case": "host", "kernel": f"patched call, {preset}: extra over dense",
-                 "host_us": spent - plain}
-            )  # fmt: skip
+            model(x, 500.0, cache=cache, start_frame=start)
+
+    def listen(*args, **kwargs):
+        told[:] = [args, kwargs]
+        return type(layer).forward(layer, *args, **kwargs)
+
+    names = ("plain", "paper", "fast")
+    spent = {name: [] for name in names}
+    with torch.no_grad():
+        layer.forward = listen
+        video()
+        del layer.forward
+        args, kwargs = told
+        for _ in range(rounds):
+            for name in names:
+                with contextlib.ExitStack() as stack:
+                    if name != "plain":
+                        handle = stack.enter_context(lf.patched(model, name, strict=True))
+                        video()
+                    spent[name].append(host_us(lambda: layer(*args, **kwargs), calls, rounds=1))
+                    if name != "plain":
+                        assert handle.stats()["sparse_calls"] > calls
+    rows = [
+        {"case": "host", "kernel": f"attention layer, {n}", "host_us": statistics.median(spent[n])}
+        for n in names
+    ]
+    for name in names[1:]:
+        extra = [a - b for a, b in zip(spent[name], spent["plain"], strict=True)]
+        kernel = f"patched call, {name}: extra over dense"
+        rows.append({"case": "host", "kernel": kernel, "host_us": statistics.median(extra)})
     q, k, v = (
         torch.randn(1, n, 2, 128, device=DEVICE).to(torch.bfloat16) for n in (384, 1536, 1536)
     )
