@@ -48,6 +48,17 @@ def digest(model):
     return found.hexdigest()[:12]
 
 
+def load_rows(path):
+    """All finished rows of a file, whatever their key; torn lines are passed over."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the last line of a run that was killed
+            continue
+    return rows
+
+
 class Store:
     """Finished rows, a JSON line each. A row counts only under the key that it was made with.
 
@@ -59,13 +70,8 @@ class Store:
     def __init__(self, path, key):
         self.path, self.key, self._rows = Path(path), json.loads(json.dumps(key)), {}
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # the last line of a run that was killed
-                    continue
-                if row.get("key") == self.key:
-                    self._rows[row["name"]] = row
+            rows = load_rows(self.path)
+            self._rows = {r["name"]: r for r in rows if r.get("key") == self.key}
 
     def __contains__(self, name):
         return name in self._rows

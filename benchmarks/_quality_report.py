@@ -166,6 +166,22 @@ def _injections(rows):
     return lines
 
 
+def beside(store, others, name):
+    """Lines: this run less another one, clip by clip, for the rows of both with these weights."""
+    lines = ["", f"this run - {name}, the same clips: paired differences"]
+    lines.append(f"{'':26}{'clips':>6}  " + "".join(f"{n:24}" for n in PSNR).rstrip())
+    facts = store.key
+    for row in others:
+        same = all(row["key"].get(n) == facts.get(n) for n in ("weights", "view", "seed", "sweep"))
+        mine = store.get(row["name"]) if same and "scores" in row else None
+        if mine is not None:
+            pairs = [difference(_scores(mine, n), _scores(row, n)) for n in PSNR]
+            count = min(mine["clips"], row["clips"])
+            cells = "".join(f"{show(p):24}" for p in pairs).rstrip()
+            lines.append(f"{row['name']:26}{count:>6}  {cells}")
+    return lines
+
+
 def _n(values, name, digits=2):
     value = values.get(name)
     return "-" if value is None else f"{value:.{digits}f}"

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 from _judge import Tally, judge, text
-from _paired import Store, digest
+from _paired import Store, digest, load_rows
 from _rules import CALIBRATED, CHUNK, CHUNKS, TABLES, Row, rows
 from cpu import commit, cpu_name
 
@@ -253,6 +253,7 @@ def parser():
     made.add_argument("--commit", help="what to write where there is no git")
     made.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rows")
     made.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json .txt .png")
+    made.add_argument("--beside", type=Path, metavar="ROWS", help="another run's finished rows")
     made.add_argument("--captured", type=Path, metavar="FOLDER", help="of lightforcing.capture")
     made.add_argument("--sparsity", type=float, default=0.88, help="with --captured")
     made.add_argument("--block-q", type=int, help="query rows that share a list")
@@ -285,8 +286,13 @@ def prepare(args):
 
 
 def put_recall(exam, store, clips):
-    """Judge every selector on the dense trajectory of the first clips, and store it."""
-    tally = exam.judge([n for n in selectors.names() if n != "dense"], clips)
+    """Judge every selector on the dense trajectory of the first clips, and store it.
+
+    A CPU takes three layers: all of them cost it three minutes a clip.
+    """
+    depth = exam.model.config.num_layers
+    layers = None if exam.model.device.type == "cuda" else (0, depth // 2, depth - 1)
+    tally = exam.judge([n for n in selectors.names() if n != "dense"], clips, layers)
     store.put("recall", clips=clips, cells=tally.cells, notes=tally.notes)
 
 
@@ -315,6 +321,8 @@ def main(argv=None):
         report(f"recall of {judged} clips")
     summary = _quality_report.summary(store, exam.table, facts)
     print(_quality_report.text(summary))
+    if args.beside:
+        print("\n".join(_quality_report.beside(store, load_rows(args.beside), args.beside.name)))
     if args.results:
         _quality_report.write(summary, args.results)
     return 0

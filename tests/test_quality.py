@@ -247,6 +247,18 @@ def test_the_files_of_a_table(tmp_path):
     assert json.loads((tmp_path / "out" / "quality-64.json").read_text())["facts"] == FACTS
 
 
+def test_two_runs_beside_each_other(tmp_path):
+    key = dict(weights="w", view=64, seed=0, sweep="quick", commit="a")
+    ours = _paired.Store(tmp_path / "a.jsonl", key)
+    theirs = _paired.Store(tmp_path / "b.jsonl", key | {"commit": "b"})
+    other = _paired.Store(tmp_path / "b.jsonl", key | {"weights": "x"})
+    for store, value in ((ours, 20.5), (theirs, 20.0), (other, 10.0)):
+        scores = {n: [value, value + 1] for n in ("bare", "back", "all")}
+        store.put("dense", clips=2, scores=scores)
+    lines = _quality_report.beside(ours, _paired.load_rows(tmp_path / "b.jsonl"), "b")
+    assert len(lines) == 4 and lines[3].split()[:3] == ["dense", "2", "+0.50"]
+
+
 # ---- captured calls ------------------------------------------------------------------------
 
 
