@@ -45,6 +45,7 @@ QUESTIONS = {
         ("mass count", "mean count"),
         ("mass count", "lse count"),
         ("mass count", "oracle count"),
+        ("mass-fine count", "mass count"),
         ("mass count budget", "mass count"),
         ("mass count guarantee", "mass count"),
         ("mass count refresh 2", "mass count"),
@@ -219,7 +220,7 @@ def picture(made, path):
 
 
 def _colour(plots, name):
-    if name.startswith("mass"):
+    if name.split()[0] == "mass":
         return plots.ORANGE
     if name.startswith("hsa"):
         return plots.BLUE

@@ -213,6 +213,7 @@ def rows(table, selectors):
         add("laws", selector, law)
     frames = dict(selector=None, score="mass", hierarchy=True)
     forced = dict(name="mass", guarantee=0.25, sink_frames=1, near_frames=2)
+    add("extras", "mass-fine", "count")
     add("extras", "mass", "count", " budget", budget=CALIBRATED)
     add("extras", "mass", "count", " refresh 2", refresh=2)
     add("extras", "mass", "cag", " frames", **frames)
