@@ -189,7 +189,7 @@ def rows(table, selectors):
         selectors: names that this build knows; rows of others are left out.
     """
     made = [Row("dense")]
-    costly = {"oracle": 0.25 if table.view == 128 else 1.0}
+    costly = {"oracle": 0.25, "mass-fine": 0.25}  # seconds a batch to choose blocks on a GPU
 
     def add(group, selector, law, note="", keep=1 - TARGET, kept=None, /, **settings):
         if selector in selectors:

@@ -117,9 +117,10 @@ def measures(stats: dict, scores: dict) -> dict:
         scores: of :func:`lightforcing.world.metrics.score`, for one clip.
     """
     later = [c for c in stats["chunks"] if c["chunk"] and c["chunk"] > 1]
+    resident = [c["chunk"] for c in later]  # in chunks: so much a chunk sees
     values = {name: float(value[0]) for name, value in scores.items()}
     return {
-        "density": float(np.mean([c["density"] for c in later])) if later else 1.0,
+        "density": float(np.average([c["density"] for c in later], weights=resident)),
         "recall": stats["recall"],
         "attention_seconds": stats["ms"] / 1e3,
         "psnr": {n: None if np.isnan(values[n]) else values[n] for n in ("all", "bare", "back")},
