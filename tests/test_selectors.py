@@ -364,7 +364,8 @@ def test_every_kept_of_a_built_in_selector_is_met():
         assert all(len(r) == blocks for r in chosen(make("mean"), g, q, k)[0][0])
 
 
-@pytest.mark.parametrize("g", [ragged(), tiles_8(frames=7, q_frames=2), ragged(kept=5, block_k=32)])
+@pytest.mark.parametrize("g", [ragged(), tiles_8(frames=7, q_frames=2), ragged(kept=5, block_k=64),
+                               Geometry(200, 2, 5, 3, 64, 64)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("slab", [1, 1 << 20])
 def test_fine_mass_with_quarter_blocks_is_mass(g, slab, monkeypatch):
     monkeypatch.setattr("lightforcing.selectors.fine.SLAB", slab)
@@ -373,6 +374,11 @@ def test_fine_mass_with_quarter_blocks_is_mass(g, slab, monkeypatch):
                            hierarchy=False, block_q=g.block_q, block_k=g.block_k,
                            return_scores=True)[1]  # fmt: skip
     torch.testing.assert_close(Fine(g.block_k // 4).scores(q, k, g), own, atol=1e-5, rtol=1e-4)
+    # Through the operator (cells of 4, 8 ...) and through torch it is one rule.
+    by_op = Fine(4).scores(q, k, g)
+    monkeypatch.setattr("lightforcing.selectors.fine._by_select_blocks", None)
+    monkeypatch.setattr("lightforcing.selectors.fine.LEAST", 1 << 20)
+    torch.testing.assert_close(Fine(4).scores(q, k, g), by_op, atol=1e-5, rtol=1e-4)
 
 
 def test_fine_mass_of_single_tokens_is_the_truth():

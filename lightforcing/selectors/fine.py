@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .. import ops
+from ..blocks import frame_blocks
 from .exact import over_blocks
 from .rank import Scored, block_means
 
 SLAB = 64 << 20  # bytes of logits at a time
+LEAST = 16  # tokens of the smallest block of select_blocks, which has cells of a quarter
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Fine(Scored):
     cell: int | None = None
 
     name: ClassVar[str] = "mass-fine"
-    notes: ClassVar[str] = "Ours; in PyTorch, without a kernel of its own."
+    notes: ClassVar[str] = "Ours."
 
     def __post_init__(self):
         """Check the cell."""
@@ -44,6 +47,8 @@ class Fine(Scored):
 
         g = geometry
         cell = g.block_k // 8 if self.cell is None else self.cell
+        if LEAST <= 4 * cell <= g.block_k:
+            return _by_select_blocks(q, k, g, 4 * cell)
         if g.block_q % cell or g.block_k % cell:
             raise ValueError(
                 f"cell: expected a divisor of block_q = {g.block_q} and block_k = {g.block_k}, "
@@ -71,3 +76,20 @@ class Fine(Scored):
             if full < p.shape[2]:
                 out.append(p[:, :, full:].sum(2, keepdim=True))
         return torch.cat(out, 2)
+
+
+def _by_select_blocks(q, k, g, block):
+    """The scores of smaller blocks, added up: mass is additive, and they have these cells."""
+    scores = ops.select_blocks(
+        q,
+        k,
+        frame_tokens=g.frame_tokens,
+        sparsity=0.5,
+        score="mass",
+        hierarchy=False,
+        block_q=g.block_q,
+        block_k=block,
+        scale=g.scale,
+        return_scores=True,
+    )[1]
+    return over_blocks(scores, frame_blocks(g.frame_tokens, block), g.block_k // block)
