@@ -107,6 +107,7 @@ BEHAVING = {
     "SchedulerOutput": functools.partial(types.SimpleNamespace),
     "KarrasDiffusionSchedulers": (),
     "register_to_config": register_to_config,
+    "EasyDict": Settings,
     "is_scipy_available": lambda: False,
     "load_dotenv": lambda *args, **kwargs: False,
     "lru_cache": functools.lru_cache,

@@ -80,8 +80,17 @@ PyObject *py_facts(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_
     }
     place = (lf_place){facts.device, facts.stream};
     if (place.device >= 0) capture = lf_cuda_capture(place);
-    return Py_BuildValue("(y#KK)", (const char *)&facts, (Py_ssize_t)sizeof facts,
-                         (unsigned long long)address, (unsigned long long)capture);
+
+    // Most calls are like the one before: its object has been hashed already. Under the GIL.
+    static PyObject *last;
+    if (!last || memcmp(PyBytes_AsString(last), &facts, sizeof facts) != 0) {
+        PyObject *bytes = PyBytes_FromStringAndSize((const char *)&facts, (Py_ssize_t)sizeof facts);
+        PyObject *before = last;
+        if (!bytes) return NULL;
+        last = bytes;
+        Py_XDECREF(before);
+    }
+    return Py_BuildValue("(OKK)", last, (unsigned long long)address, (unsigned long long)capture);
 }
 
 static void free_plan(PyObject *capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, plan_name)); }
