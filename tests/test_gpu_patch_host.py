@@ -135,7 +135,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def test_memory_of_host_and_device_is_flat_over_10000_calls():
+def test_memory_of_host_and_device_is_flat_over_10000_calls(kernel):
     config = WanConfig.named("tiny", dim=256, ffn_dim=256, num_heads=2, num_layers=1)
     model = CausalWan(config, seed=0, device="cuda", dtype=torch.bfloat16)
     layer = model.blocks[0].self_attn
