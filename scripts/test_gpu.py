@@ -15,7 +15,7 @@ cpu        the operators' CPU tests, on every instruction set that this processo
 memcheck does not see what bulk copies (TMA) read: one more planted fault shows that, and
 tests/test_gpu_attend_inputs.py covers it with guarded memory.
 
-The tests run alone, everything else side by side. summary.txt, summary.json and the raw logs,
+All run side by side: the GPU is shared, cores are many. summary.txt, summary.json and the raw logs,
 packed, go to benchmarks/results/gpu-<card>, or to FOLDER. The exit status is 1 if a test failed, a
 sanitizer reported anything, a part ran out of time (--limit, 280 s each) or passed no test at all.
 A skipped test is counted as skipped, never as passed.
@@ -45,6 +45,7 @@ PARTS = ("tests", "fuzz", "memcheck", "racecheck", "synccheck", "cpu")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 REPORTED = 86  # exit status by which compute-sanitizer says that it reported something
 
+FUZZ = "test_gpu_fuzz.py"
 CPU_TESTS = [f"tests/test_{name}.py" for name in ("compress", "select", "attend", "blocks", "cag")]
 
 # What runs under each tool, a process each: a name, a regular expression of test ids. "attend X"
@@ -87,12 +88,12 @@ import sys, torch, lightforcing as lf
 from lightforcing import _core
 options = dict(dtype=torch.bfloat16, device="cuda")
 what, kernel = (sys.argv[1].split() + ["auto"])[:2]
-q, k, v = (torch.zeros(1, n, 2, 128, **options) for n in (8192, 8192, 8192))
+q, k, v = (torch.zeros(1, n, 2, 128, **options) for n in (8192, 1024, 1024))
 out, blocks = torch.zeros_like(q), None
 if what == "lists":
     indices = torch.zeros(1, 2, 64, 1024, dtype=torch.int32, device="cuda")
     counts = torch.full((1, 2, 64), 1024, dtype=torch.int32, device="cuda")
-    blocks = lf.BlockList(indices, counts, 8192, 8192, 128, 128, 64)
+    blocks = lf.BlockList(indices, counts, 8192, 1024, 128, 128, 64)
 cut = {"out": out, "lists": blocks and indices}.get(what, k)
 cut.untyped_storage().resize_(4096)
 torch.cuda.synchronize()
@@ -291,9 +292,9 @@ def collected():
 
 
 def gpu_tests():
-    """The files of tests; those with pauses need their own binary."""
-    found = (ROOT / "tests").glob("test_gpu_*.py")
-    return sorted(p.relative_to(ROOT).as_posix() for p in found if p.name != "test_gpu_fuzz.py")
+    """The files of tests, the one with pauses last."""
+    found = sorted(p.name for p in (ROOT / "tests").glob("test_gpu_*.py"))
+    return [f"tests/{name}" for name in sorted(found, key=lambda name: name == FUZZ)]
 
 
 def pytest(*arguments):
@@ -317,19 +318,17 @@ def sanitizer_jobs(tool, ids, hopper):
     return [(*job, environment) for job in jobs if hopper or "sm90" not in job[0].name]
 
 
-def fuzz_jobs(folder, archs):
-    """Build a copy of the tree with pauses; its binary goes to the tests by an environment name."""
+def fuzz(folder, archs, out, limit):
+    """Builds a copy of the tree with pauses; its binary goes to the tests by an environment name."""
     tree = Path(folder) / "tree"
-    left_out = shutil.ignore_patterns(".git", ".venv", ".gpu", "dist", "lib*", "*.so", "*.pyc")
-    for name in ("csrc", "lightforcing", "build", "setup.py", "pyproject.toml", "README.md"):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=left_out)
-        elif source.exists():
-            shutil.copy2(source, tree / name)
-    build = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    left_out = shutil.ignore_patterns("lib*", "*.so", "__pycache__")
+    for name in ("csrc", "lightforcing", "build"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=left_out)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, tree / name)
     done = subprocess.run(
-        build,
+        (sys.executable, "setup.py", "-q", "build_ext", "--inplace"),
         cwd=tree,
         env={**os.environ, "LIGHTFORCING_FUZZ": "1", "LIGHTFORCING_CUDA_ARCHS": " ".join(archs)},
         stdout=subprocess.PIPE,
@@ -340,17 +339,17 @@ def fuzz_jobs(folder, archs):
     if done.returncode or not binaries:
         raise SystemExit(f"the build with pauses failed:\n{done.stdout[-4000:]}")
     environment = {"LIGHTFORCING_FUZZ_BINARY": binaries[0]}
-    return [(Run("fuzz", "pauses"), pytest("tests/test_gpu_fuzz.py"), environment)]
+    return execute(Run("fuzz", "pauses"), pytest(f"tests/{FUZZ}"), out, limit, environment)
 
 
 def run_parts(parts, out, limit, machine):
-    """All runs of the chosen parts: the tests alone, then the others at once."""
-    runs, jobs, hopper = [], [], machine.get("chip") == [9, 0]
+    """All runs of the chosen parts."""
+    jobs, hopper = [], machine.get("chip") == [9, 0]
     with tempfile.TemporaryDirectory(prefix="lightforcing-fuzz-") as folder:
         if "tests" in parts:
-            runs.append(execute(Run("tests", "all"), pytest(*gpu_tests()), out, limit))
-        if "fuzz" in parts:
-            jobs += fuzz_jobs(folder, machine["embedded"])
+            for file in gpu_tests()[:-1]:
+                name = Path(file).stem.removeprefix("test_gpu_")
+                jobs.append((Run("tests", name), pytest(file), {}))
         if set(parts) & set(SANITIZERS):
             ids = collected()
             for tool in SANITIZERS:
@@ -358,11 +357,11 @@ def run_parts(parts, out, limit, machine):
         if "cpu" in parts:
             quiet = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "4"}
             jobs.append((Run("cpu", "operators"), pytest(*CPU_TESTS), quiet))
-        # The GPU is shared and cores are many; each run is one busy core.
         with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) * 3 // 4)) as pool:
             waiting = [pool.submit(execute, r, c, out, limit, e) for r, c, e in jobs]
-            runs += [job.result() for job in waiting]
-    return runs
+            if "fuzz" in parts:
+                waiting.append(pool.submit(fuzz, folder, machine["embedded"], out, limit))
+            return [job.result() for job in waiting]
 
 
 def pack(out):
