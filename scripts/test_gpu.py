@@ -319,7 +319,7 @@ def sanitizer_jobs(tool, ids, hopper):
 
 
 def fuzz(folder, archs, out, limit):
-    """Builds a copy of the tree with pauses; its binary goes to the tests by an environment name."""
+    """Builds a copy of the tree with pauses; the tests find its binary by an environment name."""
     tree = Path(folder) / "tree"
     left_out = shutil.ignore_patterns("lib*", "*.so", "__pycache__")
     for name in ("csrc", "lightforcing", "build"):
