@@ -101,7 +101,7 @@ def summary(store, table, facts):
         heads = {n: tally.heads(n).round(4).tolist() for n in ("oracle", "mass", "mean")
                  if any(c["selector"] == n for c in tally.cells)}  # fmt: skip
         made["recall"] = {
-            "clips": recall["clips"],
+            **{k: recall[k] for k in ("clips", "layers", "steps")},
             "means": tally.means(),
             "by_chunk": tally.means(("chunk",)),
             "by_layer": tally.means(("layer",)),
@@ -148,7 +148,12 @@ def text(made):
     lines += _injections(made["rows"])
     if "recall" in made:
         recall = made["recall"]
-        lines += ["", f"dense trajectory of {recall['clips']} clips, kept as by law cag"]
+        places = " and ".join(f"{n} {', '.join(map(str, recall[n]))}" for n in ("layers", "steps"))
+        lines += [
+            "",
+            f"on the dense trajectory of {recall['clips']} clips, {places}, counted from 0;",
+        ]
+        lines.append("as many blocks kept as by law cag; recall 5 %: 5th percentile of query rows")
         lines += judged_text(recall["means"])
         lines += [f"{name} left out: {why}" for name, why in recall["left_out"].items()]
     return "\n".join(lines)

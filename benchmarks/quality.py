@@ -130,7 +130,7 @@ class Exam:
         square = ((video - dense) / 2).square().mean((2, 3, 4)).unflatten(1, (-1, CHUNK)).mean(2)
         return {f"from_dense_{c}": square[:, c] for c in range(1, square.shape[1])}
 
-    def judge(self, names, count, layers=None):
+    def judge(self, names, count, layers=None, steps=JUDGED_STEPS):
         """Recall and output error on the dense trajectory of the first clips, by law cag."""
         from lightforcing import world
 
@@ -143,9 +143,7 @@ class Exam:
             tally.add(call.facts, found)
 
         layers = range(self.model.config.num_layers) if layers is None else layers
-        watch = capturing.watch(
-            self.model, see, layers=layers, chunks=list(kept), steps=JUDGED_STEPS
-        )
+        watch = capturing.watch(self.model, see, layers=layers, chunks=list(kept), steps=steps)
         with watch:
             world.rollout(self.model, self.clips[:count], seed=self.seed)
         return tally
@@ -165,8 +163,8 @@ def run_rows(exam, todo, store, seconds, report):
             break
         try:
             made = exam.run(row)
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            report(f"{row.name}: {error}")
+        except Exception as error:  # one row that fails must not lose the others
+            report(f"{row.name}: {type(error).__name__}: {error}")
             continue
         if row.name not in store:
             store.put(row.name, **made)
@@ -285,15 +283,25 @@ def prepare(args):
     return exam, chosen(rows(table, selectors.names()), args.only), store
 
 
-def put_recall(exam, store, clips):
+def put_recall(exam, store, clips=None):
     """Judge every selector on the dense trajectory of the first clips, and store it.
 
-    A CPU takes three layers: all of them cost it three minutes a clip.
+    All logits of a call are looked at once for every selector: at 128 px, and on a CPU, only one
+    clip, some layers and one step are.
     """
-    depth = exam.model.config.num_layers
-    layers = None if exam.model.device.type == "cuda" else (0, depth // 2, depth - 1)
-    tally = exam.judge([n for n in selectors.names() if n != "dense"], clips, layers)
-    store.put("recall", clips=clips, cells=tally.cells, notes=tally.notes)
+    depth, steps = exam.model.config.num_layers, (2,)
+    layers = (0, depth // 2, depth - 1)
+    if exam.model.device.type == "cuda":
+        layers = range(1, depth, 2)
+        if exam.table.view == 64:
+            layers, steps = range(depth), JUDGED_STEPS
+    clips = clips or (2 if len(layers) == depth else 1)
+    names = [n for n in selectors.names() if n != "dense"]
+    tally = exam.judge(names, clips, layers, steps)
+    store.put(
+        "recall", clips=clips, layers=list(layers), steps=list(steps), cells=tally.cells,
+        notes=tally.notes,
+    )  # fmt: skip
 
 
 def main(argv=None):
@@ -313,12 +321,9 @@ def main(argv=None):
         "{device}, commit {commit}, weights {weights}, {clips} clips of {view} px".format(**facts)
     )
     run_rows(exam, todo, store, args.seconds, report)
-    judged = args.judged
-    if judged is None:
-        judged = 4 if args.view == 64 and args.device.startswith("cuda") else 1
-    if judged and "recall" not in store and time.perf_counter() - begin < args.seconds:
-        put_recall(exam, store, judged)
-        report(f"recall of {judged} clips")
+    if args.judged != 0 and "recall" not in store and time.perf_counter() - begin < args.seconds:
+        put_recall(exam, store, args.judged)
+        report("recall")
     summary = _quality_report.summary(store, exam.table, facts)
     print(_quality_report.text(summary))
     if args.beside:

@@ -207,7 +207,8 @@ def made_up_store(path):
         "density": 0.12,
         "recall_heads": [0.4, 0.6],
     }
-    store.put("recall", clips=1, cells=[cell, cell | {"recall": 0.7, "layer": 1}], notes={})
+    cells = [cell, cell | {"recall": 0.7, "layer": 1}]
+    store.put("recall", clips=1, layers=[0, 1], steps=[0], cells=cells, notes={})
     return store
 
 
