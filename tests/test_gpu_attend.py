@@ -25,7 +25,7 @@ def run(q, k, v, blocks=None, **options):
     return out, lse
 
 
-# ring: two stages of two blocks each, so 4 blocks; one less, one more, and odd ones
+# the Hopper kernel's ring holds 3 to 8 K or V of two blocks each: lengths below, at and above
 LENGTHS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 33, 64, 65]
 
 
@@ -52,6 +52,33 @@ def test_lists_of_every_length(kernel, dtype, tokens, frames):
 def test_dense_of_any_length(kernel, dtype, q_len, k_len):
     q, k, v = (draw((2, n, 3, 128), dtype, i) for i, n in enumerate((q_len, k_len, k_len)))
     assert_close(*run(q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize("block_q, dim", [(64, 128), (128, 64), (64, 64)])
+@pytest.mark.parametrize("tokens, frames, heads, dtype", [
+    (60, 7, 3, torch.bfloat16), (390, 8, 5, torch.float16), (1560, 3, 2, torch.bfloat16),
+])  # fmt: skip
+def test_other_shapes(kernel, block_q, dim, tokens, frames, heads, dtype):
+    """Lists of 64 rows, of which a CTA walks two at a time, and heads of 64 columns."""
+    q = draw((2, 2 * tokens, heads, dim), dtype, 1)
+    k, v = (draw((2, frames * tokens, heads, dim), dtype, i) for i in (2, 3))
+    blocks = lists(LENGTHS, 2, heads, q.shape[1], k.shape[1], tokens, block_q, 64)
+    out, lse = run(q, k, v, blocks)
+    assert_close(out, lse, q, k, v, token_mask(blocks))
+    if block_q == 128:
+        assert_close(*run(q, k, v), q, k, v)
+
+
+def test_a_rising_maximum(kernel):
+    """Logits that grow along the list by less and by more than the kernel's slack of 2^8."""
+    for dtype in DTYPES:
+        for step in (0.5, 3.0, 9.0, 40.0):
+            q, k, v = (draw((1, n, 1, 128), dtype, i) for i, n in enumerate((128, 1024, 1024)))
+            q[..., 0] = 1
+            level = torch.arange(16, device="cuda").repeat_interleave(64) * step  # of the logits
+            k[0, :, 0, 0] = level * 128**0.5
+            for order in (k, k.flip(1)):
+                assert_close(*run(q, order, v), q, order, v)
 
 
 @pytest.mark.parametrize("heads", [1, 5, 12, 40])

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from gpu import draw, needs_gpu, use_kernel
+from gpu import draw, lists, needs_gpu, use_kernel
 
 import lightforcing as lf
 from lightforcing import _core, torch_ops  # noqa: F401  registers torch.ops.lightforcing
@@ -328,14 +328,16 @@ def test_dtypes_and_head_sizes_without_a_kernel():
 def test_a_forced_kernel_says_why_it_cannot_run():
     use_kernel("sm90")
     try:
-        q, k, v = (x[..., :64].contiguous() for x in inputs())
+        q, k, v = inputs()
+        blocks = lists([3], 1, H, Q * T, F * T, T, 64, 16)
         refused(
-            NotImplementedError, "the Hopper kernel takes head size 128",
-            lambda: lf.block_sparse_attention(q, k, v),
-        )  # fmt: skip
+            NotImplementedError,
+            "the Hopper kernel takes query blocks of 64 or 128 rows with key blocks of 64 tokens",
+            lambda: lf.block_sparse_attention(q, k, v, blocks),
+        )
     finally:
         _core.force_kernel("auto")
-    assert torch.isfinite(lf.block_sparse_attention(q, k, v)).all()
+    assert torch.isfinite(lf.block_sparse_attention(q, k, v, blocks)).all()
     with pytest.raises(ValueError):
         _core.force_kernel("fastest")
 

@@ -171,15 +171,6 @@ __device__ __forceinline__ void bar_sync(uint32_t barrier, uint32_t threads)
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/* ex2.approx.ftz as above, but volatile: it stays where it stands, between the waits for a
- * warpgroup's products, under which the exponentials are hidden. */
-__device__ __forceinline__ float ex2_approx_ftz_pinned(float x)
-{
-    float y;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* mbarrier.init: opens a phase after `arrivals` arrivals (and the bytes announced meanwhile). */
 __device__ __forceinline__ void mbarrier_init(uint64_t *barrier, uint32_t arrivals)
 {
@@ -337,7 +328,34 @@ __device__ __forceinline__ void wgmma_m64n128k16_rs(float (&c)[64], const uint32
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
+// The same for a 64 x 64 tile.
+#define LF_ACC32(c) LF_ACC8(c, 0), LF_ACC8(c, 8), LF_ACC8(c, 16), LF_ACC8(c, 24)
+#define LF_LIST32                                                                                  \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+
+/* wgmma.mma_async m64n64k16, A from registers and B rows of N, as above. */
+template <typename T>
+__device__ __forceinline__ void wgmma_m64n64k16_rs(float (&c)[32], const uint32_t *a, uint64_t b,
+                                                   int accumulate)
+{
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " LF_LIST32
+                     ", {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n\t}"
+                     : LF_ACC32(c)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+    else
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %37, 0;\n\t"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " LF_LIST32
+                     ", {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n\t}"
+                     : LF_ACC32(c)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
 #undef LF_ACC8
+#undef LF_ACC32
+#undef LF_LIST32
 #undef LF_ACC64
 #undef LF_LIST64
 
