@@ -42,6 +42,7 @@ __device__ __forceinline__ Item take_item(Shared &s, const Params &p, int &i, in
         const Item item = s.item[i & 1];
         if (item.steps != 0) return item;
         finish_empty<T>(p, item, group);
+        bar_sync(3 + group, 128);  // all have read the item
         if (lead) mbarrier_arrive(&s.q_empty[i & 1]);
     }
 }
