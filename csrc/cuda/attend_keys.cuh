@@ -137,9 +137,15 @@ template <int DIM> struct KeyStream {
         const uint32_t thread = tid_x() % GROUP_THREADS, unit = thread % UNITS;
         const uint32_t mine = thread / UNITS;
         to += rings + tid_x() / GROUP_THREADS * plan.ring_bytes + Tile<DIM>::at(mine, unit);
+        // Added to the pointer or to the offset, whichever spares the compiler its 256th register.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+        const uint32_t within = unit * 16;
+#else
+        constexpr uint32_t within = 0;
         rows += unit * 16;
+#endif
         if (__all_sync(ALL, valid == STEP)) {
-            const char *from = rows + (first + mine) * token_bytes;
+            const char *from = rows + ((first + mine) * token_bytes + within);
 #pragma unroll
             for (uint32_t i = 0; i < PASSES; i++) {
                 cp_async_16(to + i * (PASS_ROWS * Tile<DIM>::ROW_BYTES), from);
@@ -156,7 +162,7 @@ template <int DIM> struct KeyStream {
             const int64_t from = __shfl_sync(ALL, first, piece) + in_piece;
             const bool inside = in_piece < __shfl_sync(ALL, valid, piece);
             cp_async_16_zfill(to + i * (PASS_ROWS * Tile<DIM>::ROW_BYTES),
-                              rows + (inside ? from * token_bytes : 0), inside ? 16 : 0);
+                              rows + (inside ? from * token_bytes + within : 0), inside ? 16 : 0);
         }
     }
 

@@ -1,22 +1,13 @@
-/* What the CUDA half of this build is and what it finds: chips embedded, driver, runtime, devices.
- *
- * runtime_probe_kernel exists so that the build path (nvcc, static runtime, link, import without a
- * GPU) is exercised by every build; lf_cuda_versions() asks for its attributes, which fails with a
- * plain status where there is no driver or no code for the chip. */
+/* What the CUDA half of this build is and finds: chips embedded, driver, runtime, devices. */
 #include "kernels.h"
 #include "launch.cuh"
-
-namespace {
-
-__global__ void runtime_probe_kernel(int *out) { *out = int(blockIdx.x); }
-
-}  // namespace
 
 extern "C" int lf_cuda_built(void) { return 1; }
 
 extern "C" const char *lf_cuda_archs(void) { return LF_CUDA_ARCHS; }
 
-/* 0, or the cudaError_t of the first question that failed (35: no driver, or one too old). */
+/* 0, or the cudaError_t of the first question that failed (35: no driver, or one too old; 209: the
+ * first device is older than any code in this build). Asks the driver only: no context is made. */
 extern "C" int lf_cuda_versions(int *driver, int *runtime, int *devices)
 {
     *driver = *runtime = *devices = 0;
@@ -24,8 +15,9 @@ extern "C" int lf_cuda_versions(int *driver, int *runtime, int *devices)
     if (status == cudaSuccess) status = cudaDriverGetVersion(driver);
     if (status == cudaSuccess) status = cudaGetDeviceCount(devices);
     if (status == cudaSuccess && *devices > 0) {
-        cudaFuncAttributes attributes;
-        status = cudaFuncGetAttributes(&attributes, runtime_probe_kernel);
+        int major = 0;
+        status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+        if (status == cudaSuccess && major < 8) status = cudaErrorNoKernelImageForDevice;
     }
     if (status != cudaSuccess) (void)cudaGetLastError();
     return int(status);

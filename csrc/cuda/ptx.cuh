@@ -147,6 +147,36 @@ __device__ __forceinline__ void grid_dependency_wait()
 #endif
 }
 
+/* Before and after every hand-over of a pipeline (signals, waits, bulk copies). Empty, but in a
+ * build with LF_FUZZ a nanosleep of random length: such a build must give the ordinary one's bits,
+ * and a stage released early or a phase taken for another then shows. Half of the calls do not
+ * sleep, one in 64 sleeps up to 8 us, the time of several stages. The clock feeds the generator, so
+ * no two launches agree. For 64 us at a time one warpgroup in four sleeps four times as long: each
+ * role is the slow one at times. */
+__device__ __forceinline__ void handover_pause()
+{
+#if defined(LF_FUZZ) && defined(__CUDA_ARCH__)
+    uint32_t now, smid;
+    uint64_t ns;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(smid));
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+    const uint32_t warp = threadIdx.x / 32;
+    uint32_t x = (now ^ warp << 20 ^ smid << 25) * 0x9e3779b9u;
+    x = (x ^ x >> 15) * 0x85ebca6bu;
+    x ^= x >> 13;
+    uint32_t epoch = (uint32_t(ns >> 16) ^ smid << 8) * 0x9e3779b9u;
+    const bool slow = (epoch >> 28 & 3) == warp / 4 % 4;
+    uint32_t length = 0;
+    if ((x & 63) == 0)
+        length = x >> 19;  // below 8192 ns
+    else if (x & 1)
+        length = x >> 24;  // below 256 ns
+    if (slow) length *= 4;
+    asm volatile("nanosleep.u32 %0;" ::"r"(length));
+#endif
+}
+
 /* ld.acquire / st.release at the scope of the GPU. */
 __device__ __forceinline__ uint64_t load_acquire(const uint64_t *address)
 {
@@ -157,13 +187,17 @@ __device__ __forceinline__ uint64_t load_acquire(const uint64_t *address)
 
 __device__ __forceinline__ void store_release(uint64_t *address, uint64_t value)
 {
+    handover_pause();
     asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+    handover_pause();
 }
 
 /* bar.sync on a named barrier (1 to 15; 0 is __syncthreads) that `threads` threads reach. */
 __device__ __forceinline__ void bar_sync(uint32_t barrier, uint32_t threads)
 {
+    handover_pause();
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    handover_pause();
 }
 
 /* ---- Hopper: mbarrier, TMA, wgmma, setmaxnreg (kernels: *_sm90.cu) ----------------------------
@@ -187,17 +221,21 @@ __device__ __forceinline__ void fence_mbarrier_init()
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier)
 {
+    handover_pause();
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier))
                  : "memory");
+    handover_pause();
 }
 
 /* mbarrier.arrive.expect_tx: one arrival, and `bytes` more to come from the copy engine. */
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t *barrier, uint32_t bytes)
 {
+    handover_pause();
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)),
         "r"(bytes)
         : "memory");
+    handover_pause();
 }
 
 /* mbarrier.try_wait: true once the phase with this parity is complete. */
@@ -217,14 +255,18 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t *barrier, uint32_t pa
 
 __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, uint32_t parity)
 {
+    handover_pause();
     while (!mbarrier_try_wait(barrier, parity)) {
     }
+    handover_pause();
 }
 
 /* bar.arrive: counts this thread in without waiting. */
 __device__ __forceinline__ void bar_arrive(uint32_t barrier, uint32_t threads)
 {
+    handover_pause();
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    handover_pause();
 }
 
 /* setmaxnreg: registers a thread of this warpgroup from here on. */
@@ -247,6 +289,7 @@ __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap *map)
 __device__ __forceinline__ void tma_load_4d(uint32_t target, const CUtensorMap *map,
                                             uint64_t *barrier, int c0, int c1, int c2, int c3)
 {
+    handover_pause();
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(target),
                  "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
