@@ -41,16 +41,16 @@ class Decision:
         self.keys = None  # of the means kept for such keys, beside their address
 
 
-def place(visit, q, k, size, window):
+def place(visit, q, k, size):
     """The call in whole frames, or None if that is not known."""
-    if visit.first_frame is None or not (_is_blhd(q) and _is_blhd(k)):
+    if not (_is_blhd(q) and _is_blhd(k)):
         return None
     tokens, lq, lk = visit.frame_tokens, q.shape[1], k.shape[1]
     if lq % tokens or lk % tokens or not 0 < lq <= lk:
         return None
     query, pairs = lq // tokens, q.shape[0] * q.shape[2] * lq * lk
-    return Decision(tokens, query, lk // tokens - query, size(query), visit.first_frame, window,
-                    pairs)  # fmt: skip
+    return Decision(tokens, query, lk // tokens - query, size(query), visit.first_frame,
+                    visit.window, pairs)  # fmt: skip
 
 
 def _is_blhd(x):

@@ -46,6 +46,7 @@ class Handle:
         self._chooser = Chooser()
         self._schedules = {}
         self._decisions, self._last = Decisions(), None
+        self._size, self._before = 0, None  # of this forward; its last layer
         self._spare = {}  # workspaces, by stream
         self._warned = set()
         self.shortest_query = None  # frames, of the calls with a cache
@@ -163,13 +164,18 @@ class Handle:
         elif given is not None and given != told:
             visit.reason = f"{reasons.GRIDS_DIFFER} (set {given}, told {told})"
             return visit
+        layer = hooked.layer
+        if self._before is None or layer <= self._before:  # another forward of the model
+            self._size = self.chunk_frames
+        self._before = layer
         visit.frame_tokens = told
-        visit.first_frame = call.start // visit.frame_tokens
-        visit.step = self._step(hooked.layer, call)
+        visit.first_frame = call.start // told
+        visit.window = self.config.window or call.window
+        visit.step = self._step(layer, call)
         keys = call.keys
         if keys is not None and not keys.is_inference():
             visit.keys, visit.version = keys, keys._version
-        if self.config.timing and hooked.layer == 0:
+        if self.config.timing and layer == 0:
             self.record.tick(visit.first_frame, visit.step > 0)
         return visit
 
@@ -276,21 +282,22 @@ class Handle:
 
     def _decide(self, visit, q, k, v):
         """What calls of this kind come to; None if the place in the video is not known."""
+        if visit.first_frame is None:
+            return None
         known = key = None
         if type(q) is type(k) is type(v) is torch.Tensor and not (
             q.is_neg() or k.is_neg() or v.is_neg()
         ):
             known = _core.facts(q, k, v, visit.keys)
-        window = self.config.window or (visit.call.window if visit.call else None)
         if known is not None:
             facts, visit.address, visit.capture = known
-            key = facts, visit.first_frame, visit.frame_tokens, window
-            decision = self._decisions.get((key, self.chunk_frames))
+            key = (facts, visit.first_frame, visit.frame_tokens, visit.window, self._size)
+            decision = self._decisions.get(key)
             if decision is not None:
                 if decision is not self._last:
                     self._tell(decision)
                 return decision
-        decision = place(visit, q, k, self._chunk_of_query, window)
+        decision = place(visit, q, k, self._chunk_of_query)
         if decision is None:
             return None
         self._tell(decision)
@@ -299,7 +306,7 @@ class Handle:
         spare = None if known is None else self._spare
         decide(decision, self.config, self.schedule, visit, q, k, v, spare)
         if key is not None and self.config.plain:
-            self._decisions.put((key, self.chunk_frames), decision)
+            self._decisions.put((*key[:-1], self._size), decision)
         return decision
 
     def _tell(self, decision):
@@ -310,7 +317,8 @@ class Handle:
         """Frames of a chunk, now that a query of so many has come."""
         if self.shortest_query is None or frames < self.shortest_query:
             self.shortest_query = frames
-        return self.chunk_frames
+            self._size = self.chunk_frames
+        return self._size
 
     def _why_dense(self, visit, decision, q, k, v, extra):
         """The reason to call the original: what changes from call to call first."""
@@ -329,7 +337,7 @@ class Handle:
             layer = visit.hook.layer
             if layer in config.dense_layers or layer - self.depth in config.dense_layers:
                 return reasons.DENSE_LAYER
-        if visit.step in config.dense_steps:
+        if config.dense_steps and visit.step in config.dense_steps:
             return reasons.DENSE_STEP
         if extra is not None:
             return extra

@@ -52,7 +52,7 @@ keep_apart._torchdynamo_disable = True  # what torch.compiler.disable sets, with
 class Visit:
     """One forward of one layer, from entry to exit; lives on the stack only."""
 
-    __slots__ = ("hook", "call", "reason", "frame_tokens", "first_frame", "step", "calls",
+    __slots__ = ("hook", "call", "reason", "frame_tokens", "first_frame", "window", "step", "calls",
                  "keys", "version", "address", "capture", "seen", "entry")  # fmt: skip
 
     def __init__(self, hook):
@@ -62,6 +62,7 @@ class Visit:
         self.reason = None  # why the forward stays dense, known before the attention call
         self.frame_tokens = None
         self.first_frame = None  # of the query, counted over the video
+        self.window = None  # most resident frames
         self.step = 0  # forwards of this layer for this first frame of this cache before
         self.calls = 0  # attention calls made
         self.keys = None  # the layer's key cache, if versions of it are tracked
