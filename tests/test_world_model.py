@@ -15,6 +15,7 @@ from lightforcing.models.rope import apply_rope, rope_table
 from lightforcing.world import evaluate
 from lightforcing.world.data import CHUNK, clips
 from lightforcing.world.draws import noise
+from lightforcing.world.folded import Folded
 from lightforcing.world.layout import Layout
 from lightforcing.world.model import (
     MODELS,
@@ -148,33 +149,31 @@ def test_who_sees_whom(chunks, pack):
 
 def test_training_is_what_the_rollout_runs(lively):
     """One pass under a mask, by flex, by SDPA and by parts, and chunk by chunk with a cache."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     clip, layout = clips(2, view=32, frames=12), Layout(4)
     x, t, told, target = layout.batch(clip, torch.Generator().manual_seed(3))
     tokens = 64
-    block_mask = layout.block_mask(tokens)
-    mask = layout.sees.repeat_interleave(CHUNK * tokens, 0).repeat_interleave(CHUNK * tokens, 1)
+    mask, folded = layout.mask(tokens), Folded(lively, 2, tokens, block=64, compiler=lambda b: b)
+    folded.use(layout, tokens, 2)
 
     def masked(q, k, v):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
-    def flex(q, k, v):
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        return flex_attention(q, k, v, block_mask=block_mask).transpose(1, 2)
-
     with torch.no_grad(), pytest.warns(UserWarning, match="flex_attention called without"):
         results = [
-            lively.forward_frames(x, t, positions=layout.positions, attend=attend, **told)
-            for attend in (layout.split(tokens), masked, flex)
+            lively.forward_frames(x, t, positions=layout.positions, **how, **told)
+            for how in (
+                dict(attend=layout.split(tokens)),
+                dict(attend=masked),
+                dict(attend=folded.attend, blocks=folded.blocks),
+            )
         ]
         noisy = layout.noisy_frames
         parts, cache, known = [], lively.new_cache(12, 16, 16, batch=2), conditions(clip)
         for chunk in range(4):
             frames = slice(CHUNK * chunk, CHUNK * (chunk + 1))
             given = {name: value[:, frames] for name, value in known.items()}
-            for wanted, back in ((noisy, chunk - 1), (~noisy, chunk)):
+            for wanted, back in ((noisy, chunk - 1), (layout.clean_frames, chunk)):
                 at = slice(CHUNK * back, CHUNK * (back + 1))
                 if 0 <= back < 3:
                     some_x, some_t = x[:, :, wanted][:, :, at], t[:, wanted][:, at]
@@ -186,17 +185,51 @@ def test_training_is_what_the_rollout_runs(lively):
         assert (other - results[0]).abs().max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_every_size_folds_into_one_shape(lively):
+    shapes, forward = set(), lively.blocks[0].forward
+
+    def seen(block):
+        def run(x, *rest):
+            shapes.add(tuple(x.shape))
+            return block(x, *rest)
+
+        return run
+
+    folded = Folded(lively, 1, 64, block=64, compiler=seen)
+    short, pair, large = Layout(2, 2), Layout(3), Layout(3)
+    attends = set()
+    for view, layout, count in ((32, short, 4), (32, pair, 4), (64, large, 1), (32, short, 4)):
+        clip = clips(range(count * layout.pack), view=view, frames=3 * layout.chunks, exam=False)
+        x, t, told, _ = layout.batch(clip, torch.Generator().manual_seed(1))
+        folded.use(layout, (view // 4) ** 2, count)
+        attends.add(folded.attend)
+        with torch.no_grad():
+            a, b = (
+                lively.forward_frames(x, t, positions=layout.positions, **how, **told)
+                for how in (
+                    dict(attend=layout.split((view // 4) ** 2)),
+                    dict(attend=folded.attend, blocks=folded.blocks),
+                )
+            )
+        assert a.abs().max() > 1 and (a - b).abs().max() < 1e-5
+    assert shapes == {(1, 48, 64, 64)} and len(attends) == 1
+    assert lively.blocks[0].forward == forward
+    with pytest.raises(ValueError, match="batch: 1 sequences with 100 tokens a frame do not fold"):
+        folded.use(large, 100, 1)
+
+
 def test_a_batch_mixes_what_it_says():
     layout, clip = Layout(3, 3), clips(6, view=32, frames=9)
     x, t, told, target = layout.batch(clip, torch.Generator().manual_seed(0))
-    noisy = layout.noisy_frames
+    noisy, pure = layout.noisy_frames, layout.clean_frames
     clean = layout.frames(to_latents(clip.video)).transpose(1, 2)
     assert x.shape == (2, 12, 36, 16, 16) and told["camera"].shape == (2, 36, 2)
-    assert (t[:, ~noisy] == 0).all() and (t[:, noisy] > 0).all()
+    assert (t[:, pure] == 0).all() and (t[:, noisy] > 0).all()
     sigma = (t[:, noisy] / 1000)[:, None, :, None, None]
     # x = clean + sigma (noise - clean)
     assert torch.allclose(x[:, :, noisy], clean[:, :, noisy] + sigma * target, atol=1e-5)
-    away = (x - clean)[:, :, ~noisy].square().mean((1, 3, 4)).sqrt()
+    away = (x - clean)[:, :, pure].square().mean((1, 3, 4)).sqrt()
     assert (away == 0).float().mean() > 0.4 and 0 < away.max() < 0.15
     assert len(t.view(2, 12, CHUNK).unique(dim=2)[0, 0]) == 1  # one level for a chunk
     own = torch.tensor(SIGMAS) * 1000

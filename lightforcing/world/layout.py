@@ -32,7 +32,11 @@ class Layout:
         self.positions = (
             self.chunk[:, None] * CHUNK + torch.arange(CHUNK, device=device)
         ).flatten()
-        self.noisy_frames = self.noisy.bool().repeat_interleave(CHUNK)
+        # Numbers, not a mask: indexing with a mask on a GPU waits for it.
+        places = torch.arange(len(rows) * CHUNK, device=device)
+        self.noisy_frames = places[self.noisy.bool().repeat_interleave(CHUNK)]
+        self.clean_frames = places[~self.noisy.bool().repeat_interleave(CHUNK)]
+        self.sigmas = torch.tensor(SIGMAS, device=device)
         same = self.clip[:, None] == self.clip
         earlier = self.chunk[None] <= self.chunk[:, None] - self.noisy[:, None]
         clean = (self.noisy[None] == 0) & earlier
@@ -63,20 +67,10 @@ class Layout:
 
         return attend
 
-    def block_mask(self, frame_tokens: int, sees: torch.Tensor | None = None):
-        """The same as a block mask of flex-attention, whose rule reads ``sees``, a copy of ours."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        sees, size = self.sees if sees is None else sees, CHUNK * frame_tokens
-        length = size * len(self)
-        return create_block_mask(
-            lambda b, h, q, k: sees[q // size, k // size],
-            None,
-            None,
-            length,
-            length,
-            device=self.sees.device,
-        )
+    def mask(self, frame_tokens: int) -> torch.Tensor:
+        """The same as a mask, ``[L, L]`` bool, for short sequences."""
+        sees = self.sees.repeat_interleave(CHUNK * frame_tokens, 0)
+        return sees.repeat_interleave(CHUNK * frame_tokens, 1)
 
     def batch(
         self, clip: Clip, draw: torch.Generator
@@ -98,8 +92,10 @@ class Layout:
             return torch.rand(count, chunks, generator=draw, device=device)
 
         # Half of the chunks at the sampler's own levels, half in between.
-        level, steps = uniform(), torch.tensor(SIGMAS, device=device)
-        own = steps[torch.randint(len(SIGMAS), (count, chunks), generator=draw, device=device)]
+        level = uniform()
+        own = self.sigmas[
+            torch.randint(len(SIGMAS), (count, chunks), generator=draw, device=device)
+        ]
         sigma = torch.where(uniform() < 0.5, own, 3 * level / (1 + 2 * level))
         # What a rollout caches is not quite clean; the model is not told.
         stain = torch.where(uniform() < 0.3, 0.1 * uniform(), 0.0)

@@ -22,6 +22,8 @@ SIGMAS = (1.0, 0.9, 0.75, 0.5)
 """Noise levels of the sampler's steps."""
 PIXELS = 2
 """Pixels of a latent's side."""
+TOKEN = 4
+"""Pixels of a token's side."""
 
 
 def _sizes(dim, heads, layers, **changes):
