@@ -145,7 +145,11 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         self.muon.load(state["muon"])
         self.adam.load_state_dict(state["adam"])
-        self.draw.set_state(state["draw"].cpu())
+        draw = state["draw"].cpu()
+        if draw.numel() == self.draw.get_state().numel():
+            self.draw.set_state(draw)
+        else:  # a GPU's state means nothing to a CPU, and the other way round
+            self.draw.manual_seed(1000 + self.seed + self.at["total"])
 
     def log(self, **facts) -> None:
         """A line of the log; where nobody watches a bar, events and probes are printed too."""
