@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from _judge import Tally
 from _judge import text as judged_text
 from _paired import difference, interval, show
+
+from lightforcing.selectors import make, names
 
 PSNR = ("bare", "back", "all")  # the sharp ones first: sprites hide what attention does in `all`
 SHOWN = ("bare", "back", "all", "moving", "glyph_easy", "glyph_hard", "ssim", "drift")
@@ -94,6 +97,8 @@ def summary(store, table, facts):
         ]
         for title, pairs in QUESTIONS.items()
     }
+    used = {line["name"].split()[0] for line in lines}
+    made["notes"] = {n: make(n).notes for n in names() if n in used and make(n).notes}
     recall = store.get("recall")
     if recall is not None:
         tally = Tally()
@@ -156,6 +161,10 @@ def text(made):
         lines.append("as many blocks kept as by law cag; recall 5 %: 5th percentile of query rows")
         lines += judged_text(recall["means"])
         lines += [f"{name} left out: {why}" for name, why in recall["left_out"].items()]
+    if made["notes"]:
+        lines += ["", "where the rules are from, and how ours differ"]
+    for name, note in made["notes"].items():
+        lines += wrap(note, 100, initial_indent=f"{name:12}", subsequent_indent=" " * 12)
     return "\n".join(lines)
 
 

@@ -245,6 +245,7 @@ def test_the_files_of_a_table(tmp_path):
     assert "-2.50 [-3.00 -2.00]" in line and "0.50 0.00" in line
     assert "mean only 2 share            2.00" in text
     assert "hsa cag - mean cag" in text
+    assert selectors.make("hsa").notes.split()[-1] in text
     assert json.loads((tmp_path / "out" / "quality-64.json").read_text())["facts"] == FACTS
 
 
