@@ -59,14 +59,15 @@ def draw_call(seed):
     q_len = choose.choice([1, 64, 127, 128, 129, 500, 1560])
     batch, heads = choose.choice([(1, 1), (2, 3), (1, 12), (1, 24)])
     dtype = choose.choice([torch.bfloat16, torch.float16])
-    q = draw((batch, q_len, heads, 128), dtype, seed)
-    k, v = (draw((batch, frames * tokens, heads, 128), dtype, seed + i) for i in (1, 2))
+    dim, block_q = choose.choice([64, 128, 128]), choose.choice([64, 128, 128])
+    q = draw((batch, q_len, heads, dim), dtype, seed)
+    k, v = (draw((batch, frames * tokens, heads, dim), dtype, seed + i) for i in (1, 2))
     if seed % 8 == 7:
         return q, k, v, None
     lengths = choose.choice(
         [[0, 1, 2, 3, 4, 5], [7, 8, 9], [1, 40, 3], [33], [0, 64, 65, 2], [400]]
     )
-    return q, k, v, lists(lengths, batch, heads, q_len, k.shape[1], tokens, 128, 64, seed)
+    return q, k, v, lists(lengths, batch, heads, q_len, k.shape[1], tokens, block_q, 64, seed)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
