@@ -5,29 +5,40 @@
  *   shared the row's scores, which become sort keys in place; frames; for mass 8 rows of shares
  *
  * Block scores, frame scores and the choice of frames, then the cut: the kept-th largest sort key,
- * by histograms of a shrinking range; then the list, in order of the index. Bound by latency. */
+ * by histograms of a shrinking range; then the list, in order of the index. Bound by latency: of
+ * memory, of barriers, and of fetching instructions that run once, so that short loops over shared
+ * memory beat long unrolled ones over registers (2.8 us instead of 5.4 a row of 525 blocks). */
 #pragma once
 
-#include "select_row.cuh"
+#include "select.cuh"
 
 namespace lf {
 
 constexpr int CHOOSE_WARPS = 8, CHOOSE_THREADS = 32 * CHOOSE_WARPS;
-constexpr float CHOOSE_LOG2_E = 1.44269504f, EXP_FLOOR = -87.0f;
+constexpr float CHOOSE_LOG2_E = 1.44269504f;
+constexpr int ROW_KEYS = 20;  // logits of a lane, where a warp holds a row: 4 of every 128
+constexpr int BINS = CHOOSE_THREADS, ROUNDS = 4;  // 8 bits of a sort key a round
+
+__host__ __device__ inline bool warp_holds_row(int64_t blocks) { return blocks <= 32 * ROW_KEYS; }
 
 struct ChooseShared {
-    alignas(16) uint32_t bins[CHOOSE_THREADS];
+    alignas(16) uint32_t bins[ROUNDS][BINS];
     uint32_t low[CHOOSE_WARPS], high[CHOOSE_WARPS];
-    uint32_t bin, above, inside;
     float row_most[32], row_weight[32];
 };
 
-/* Bytes of the dynamic part: scores [J], frames [2][F], words [2][ceil(J / 32)], and the shares of
- * 8 rows if lanes hold whole rows. */
+/* A threshold and a number: keys above the threshold are kept, and so are the first `equal` of
+ * those that are it, `kept` altogether. 1 <= kept <= number of keys that are not 0. */
+struct Cut {
+    uint32_t threshold, equal;
+};
+
+/* Bytes of the dynamic part: scores [J rounded up to 8], the shares of 8 rows if lanes hold whole
+ * rows, frames [2][F], words [2][ceil(J / 32)]. */
 __host__ __device__ inline int64_t choose_bytes(int64_t blocks, int64_t frames, bool shares)
 {
-    const int64_t words = (blocks + 31) / 32;
-    return 4 * (blocks + 2 * frames + 2 * words + (shares ? 8 * blocks : 0));
+    const int64_t words = (blocks + 31) / 32, padded = (blocks + 7) / 8 * 8;
+    return 4 * (padded * (shares ? 9 : 1) + 2 * frames + 2 * words);
 }
 
 /* Larger for a higher score; -0 equals +0. NaN is 1, below every number; 0 is no candidate. */
@@ -56,14 +67,22 @@ __device__ __forceinline__ float warp_sum(float x)
 
 __device__ __forceinline__ bool marks_nan(float logit) { return __float_as_uint(logit) & 1; }
 
-/* exp(logit - most), zero below the floor. */
+/* exp(logit - most) of finite logits. */
 __device__ __forceinline__ float share(float logit, float most)
 {
-    const float shifted = logit - most;
-    return shifted >= EXP_FLOOR ? ex2_approx_ftz(shifted * CHOOSE_LOG2_E) : 0.0f;
+    return ex2_approx_ftz((logit - most) * CHOOSE_LOG2_E);
 }
 
-/* scores[j] = sum over the rows a of n_a softmax_j(logits of a); a warp has a row. */
+/* Four logits of a row from number j on, those past the end as the lowest. */
+__device__ __forceinline__ void load_logits(const float *row, int j, int blocks, float *x)
+{
+    const float4 v = j < blocks ? *reinterpret_cast<const float4 *>(row + j) : float4{};
+    x[0] = j < blocks ? v.x : -FLT_MAX, x[1] = j + 1 < blocks ? v.y : -FLT_MAX;
+    x[2] = j + 2 < blocks ? v.z : -FLT_MAX, x[3] = j + 3 < blocks ? v.w : -FLT_MAX;
+}
+
+/* scores[j] = sum over the rows a of n_a softmax_j(logits of a); a warp has a row, a lane 4
+ * neighbours of every 128. `shares`: [8][padded J]. */
 __device__ __forceinline__ void mass_by_lanes(const Selection &s, int r, int rows,
                                               const float *logits, float *scores, float *shares)
 {
@@ -72,34 +91,40 @@ __device__ __forceinline__ void mass_by_lanes(const Selection &s, int r, int row
         if (base + warp < rows) {
             const float *row = logits + int64_t(base + warp) * s.padded_blocks;
             float x[ROW_KEYS], most = -FLT_MAX, sum = 0.0f;
-            uint32_t nan = 0;
+            uint32_t bits = 0;
             int first;
 #pragma unroll
-            for (int i = 0; i < ROW_KEYS; i++)
-                x[i] = lane + 32 * i < s.blocks ? row[lane + 32 * i] : -FLT_MAX;
+            for (int i = 0; i < ROW_KEYS; i += 4)
+                load_logits(row, 4 * lane + 32 * i, s.blocks, x + i);
 #pragma unroll
             for (int i = 0; i < ROW_KEYS; i++) {
-                nan |= uint32_t(marks_nan(x[i])) << i;
+                bits |= uint32_t(marks_nan(x[i])) << i;
                 most = fmaxf(most, x[i]);
             }
             most = warp_max(most);
 #pragma unroll
-            for (int i = 0; i < ROW_KEYS; i++) {
-                x[i] = lane + 32 * i < s.blocks ? share(x[i], most) : 0.0f;
-                sum += x[i];
-            }
+            for (int i = 0; i < ROW_KEYS; i++) sum += x[i] = share(x[i], most);
             const float weight = float(part_rows(s, r, base + warp, &first)) / warp_sum(sum);
 #pragma unroll
             for (int i = 0; i < ROW_KEYS; i++)
-                if (lane + 32 * i < s.blocks)
-                    shares[warp * s.blocks + lane + 32 * i] =
-                        nan >> i & 1 ? __uint_as_float(0x7fffffffu) : x[i] * weight;
+                x[i] = bits >> i & 1 ? __uint_as_float(0x7fffffffu) : x[i] * weight;
+#pragma unroll
+            for (int i = 0; i < ROW_KEYS; i += 4)
+                if (4 * lane + 32 * i < s.blocks)
+                    *reinterpret_cast<float4 *>(shares + warp * s.padded_blocks + 4 * lane +
+                                                32 * i) =
+                        make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
         }
         __syncthreads();
-        for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS) {
-            float sum = base > 0 ? scores[j] : 0.0f;
-            for (int i = 0; i < min(8, rows - base); i++) sum += shares[i * s.blocks + j];
-            scores[j] = sum;
+        for (int j = 4 * threadIdx.x; j < s.blocks; j += 4 * CHOOSE_THREADS) {
+            float4 *to = reinterpret_cast<float4 *>(scores + j);
+            float4 sum = base > 0 ? *to : float4{};
+            for (int i = 0; i < min(8, rows - base); i++) {
+                const float4 x =
+                    *reinterpret_cast<const float4 *>(shares + i * s.padded_blocks + j);
+                sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+            }
+            *to = sum;
         }
         __syncthreads();
     }
@@ -182,99 +207,121 @@ __device__ __forceinline__ float frame_score(const Selection &s, const float *sc
     }
 }
 
-/* Of all threads, or of the first warp alone. */
-template <bool WARP> __device__ __forceinline__ void sync()
-{
-    if constexpr (WARP)
-        __syncwarp();
-    else
-        __syncthreads();
-}
-
 /* chosen[t]: 1 if the blocks of frame t are candidates. Ends with a barrier. */
-template <lf_score SCORE, bool WARP>
+template <lf_score SCORE>
 __device__ __forceinline__ void choose_frames(const Selection &s, const float *scores,
                                               uint32_t *keys, uint32_t *chosen)
 {
     const int all = int(s.p.k_frames), past = all - int(s.p.q_frames);
     const int first = int(s.p.sink_frames), last = past - int(s.p.near_frames);
     const int wanted = int(s.p.keep_frames) - first - int(s.p.near_frames);
-    constexpr int THREADS = WARP ? 32 : CHOOSE_THREADS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    for (int t = first + int(threadIdx.x); t < last; t += THREADS)
+    for (int t = first + int(threadIdx.x); t < last; t += CHOOSE_THREADS)
         keys[t] = sort_key(frame_score<SCORE>(s, scores + t * s.frame_blocks));
-    sync<WARP>();
-    for (int t = threadIdx.x; t < all; t += THREADS) {
+    __syncthreads();
+    for (int t = warp; t < all; t += CHOOSE_WARPS) {
         int better = 0;
-        if (t >= first && t < last)
-            for (int u = first; u < last; u++)
-                better += keys[u] > keys[t] || (keys[u] == keys[t] && u < t);
-        chosen[t] = t < first || t >= last || better < wanted;
+        if (t >= first && t < last) {
+            const uint32_t mine = keys[t];
+            for (int u = first + lane; u - lane < last; u += 32) {
+                const uint32_t key = u < last ? keys[u] : 0;
+                better += __popc(__ballot_sync(~0u, key > mine || (key == mine && u < t)));
+            }
+        }
+        if (lane == 0) chosen[t] = t < first || t >= last || better < wanted;
     }
-    sync<WARP>();
+    __syncthreads();
 }
 
 // ---- the cut -----------------------------------------------------------------------------------
 
-__device__ __forceinline__ Cut find_cut(const uint32_t *keys, int n, uint32_t kept,
-                                        ChooseShared &shared)
+/* Calls f(j, values[j]) for this thread's j below n, four at a time: one latency for four. */
+template <typename V, typename F>
+__device__ __forceinline__ void for_each(const V *values, int n, F &&f)
+{
+    for (int base = threadIdx.x; base < n; base += 4 * CHOOSE_THREADS) {
+        V value[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            value[i] = base + i * CHOOSE_THREADS < n ? values[base + i * CHOOSE_THREADS] : V{};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (base + i * CHOOSE_THREADS < n) f(base + i * CHOOSE_THREADS, value[i]);
+    }
+}
+
+/* Turns the scores into sort keys in place, 0 for blocks that are no candidates, and leaves each
+ * warp's smallest (but 0) and largest in shared.low and high; clears the bins. Ends with a
+ * barrier. */
+__device__ __forceinline__ void make_keys(const Selection &s, const float *scores,
+                                          const uint32_t *frames, bool by_frame, uint32_t *keys,
+                                          ChooseShared &shared)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t low = ~0u, high = 0;
-    for (int j = threadIdx.x; j < n; j += CHOOSE_THREADS) {
-        if (keys[j] > 0) low = min(low, keys[j]);
-        high = max(high, keys[j]);
-    }
+    for_each(scores, s.blocks, [&](int j, float score) {
+        const uint32_t key = by_frame && !frames[j / s.frame_blocks] ? 0 : sort_key(score);
+        keys[j] = key;
+        low = min(low, key - 1);  // 0 becomes the largest
+        high = max(high, key);
+    });
     low = __reduce_min_sync(~0u, low);
     high = __reduce_max_sync(~0u, high);
-    if (lane == 0) shared.low[warp] = low, shared.high[warp] = high;
-    shared.bins[threadIdx.x] = 0;
+    if (lane == 0) shared.low[warp] = low + 1, shared.high[warp] = high;
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) shared.bins[i][threadIdx.x] = 0;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < CHOOSE_WARPS; i++) {
-        low = min(low, shared.low[i]);
-        high = max(high, shared.high[i]);
-    }
+}
 
-    // The kept-th largest key is in [low, high]: cut that into at most 256 bins, take its bin.
-    while (low < high) {
+/* The kept-th largest of n keys, of which low and high are known by warps. Every warp reads the
+ * bins and finds the same. */
+__device__ __forceinline__ Cut find_cut(const uint32_t *keys, int n, uint32_t kept,
+                                        ChooseShared &shared)
+{
+    const int lane = threadIdx.x % 32, top = BINS - 8 * (lane + 1);  // this lane's 8 bins
+    uint32_t low = __reduce_min_sync(~0u, shared.low[lane % CHOOSE_WARPS]);
+    uint32_t high = __reduce_max_sync(~0u, shared.high[lane % CHOOSE_WARPS]);
+
+    // It is in [low, high]: cut that into at most 256 bins, take its bin.
+#pragma unroll 1
+    for (int round = 0; low < high; round++) {
         const int shift = max(24 - __clz(high - low), 0);
-        for (int j = threadIdx.x; j < n; j += CHOOSE_THREADS)
-            if (keys[j] >= low && keys[j] <= high)
-                atomicAdd(&shared.bins[(keys[j] - low) >> shift], 1u);
+        for_each(keys, n, [&](int, uint32_t key) {
+            if (key - low <= high - low) atomicAdd(&shared.bins[round][(key - low) >> shift], 1u);
+        });
         __syncthreads();
-        if (warp == 0) {
-            const int top = CHOOSE_THREADS - 8 * (lane + 1);  // this lane's 8 bins begin here
-            uint32_t count[8], own = 0;
+        const uint4 a = reinterpret_cast<const uint4 *>(&shared.bins[round][top])[0];
+        const uint4 b = reinterpret_cast<const uint4 *>(&shared.bins[round][top])[1];
+        const uint32_t count[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        uint32_t sum = 0;
 #pragma unroll
-            for (int i = 0; i < 8; i++) own += count[i] = shared.bins[top + i];
-            uint32_t above = own;
+        for (int i = 0; i < 8; i++) sum += count[i];
+        uint32_t above = sum;
 #pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const uint32_t other = __shfl_up_sync(~0u, above, step);
-                if (lane >= step) above += other;
-            }
-            above -= own;
-            if (above < kept && above + own >= kept) {
-#pragma unroll
-                for (int i = 7; i >= 0; i--) {
-                    if (above < kept && above + count[i] >= kept) {
-                        shared.bin = top + i;
-                        shared.above = above;
-                        shared.inside = count[i];
-                    }
-                    above += count[i];
-                }
-            }
+        for (int step = 1; step < 32; step *= 2) {
+            const uint32_t other = __shfl_up_sync(~0u, above, step);
+            if (lane >= step) above += other;
         }
-        __syncthreads();
-        const uint32_t inside = shared.inside;
-        kept -= shared.above;
-        low += shared.bin << shift;
+        above -= sum;
+        // The lane whose bins hold the kept-th tells the bin, the keys above it and those in it.
+        const uint32_t holds = __ballot_sync(~0u, above < kept && above + sum >= kept);
+        uint32_t bin = 0, before = 0, inside = 0;
+#pragma unroll
+        for (int i = 7; i >= 0; i--) {
+            if (above < kept && above + count[i] >= kept) {
+                bin = top + i;
+                before = above;
+                inside = count[i];
+            }
+            above += count[i];
+        }
+        const int teller = __ffs(int(holds)) - 1;
+        kept -= __shfl_sync(~0u, before, teller);
+        inside = __shfl_sync(~0u, inside, teller);
+        low += __shfl_sync(~0u, bin, teller) << shift;
         high = min(high, low + ((1u << shift) - 1));
         if (inside == kept) return {low - 1, 0};  // the whole bin
-        shared.bins[threadIdx.x] = 0;
-        __syncthreads();
     }
     return {low, kept};
 }
@@ -325,61 +372,35 @@ __device__ __forceinline__ void score_row(const Selection &s, int64_t row, int r
 }
 
 // 64 registers: the 444 blocks of a call of 12 heads and 4680 rows are resident at once.
-template <lf_score SCORE, bool WARP>
+template <lf_score SCORE>
 __global__ void __launch_bounds__(CHOOSE_THREADS, 4)
     choose_kernel(const __grid_constant__ Selection s)
 {
-    extern __shared__ uint32_t choose_shared[];
+    extern __shared__ __align__(16) uint32_t choose_shared[];
     __shared__ ChooseShared shared;
-    float *scores = reinterpret_cast<float *>(choose_shared);  // [J]
+    const bool has_shares = SCORE == LF_SCORE_MASS && warp_holds_row(s.blocks);
+    float *scores = reinterpret_cast<float *>(choose_shared);  // [padded J]
     uint32_t *keys = choose_shared;                            // [J], in place of the scores
-    uint32_t *frame_keys = keys + s.blocks;                    // [F]
-    uint32_t *frames = frame_keys + s.p.k_frames;              // [F] 1: candidates
-    uint32_t *words = frames + s.p.k_frames;                   // [2][ceil(J / 32)]
-    float *shares = reinterpret_cast<float *>(words + 2 * ((s.blocks + 31) / 32));
-    const int64_t row = blockIdx.x;  // of [B, H, R]
-    const int r = int(blockIdx.x % unsigned(s.q_blocks)), lane = threadIdx.x % 32;
+    float *shares = scores + s.padded_blocks;                  // [8][padded J], mass
+    uint32_t *frame_keys = keys + s.padded_blocks * (has_shares ? 9 : 1);  // [F]
+    uint32_t *frames = frame_keys + s.p.k_frames;                          // [F] 1: candidates
+    uint32_t *words = frames + s.p.k_frames;                               // [2][ceil(J / 32)]
+    const int64_t row = blockIdx.x;                                        // of [B, H, R]
+    const int r = int(blockIdx.x % unsigned(s.q_blocks));
     const bool by_frame = s.p.hierarchy && s.p.k_frames - s.p.q_frames > s.p.keep_frames;
-    int32_t *list = s.p.indices + row * s.p.kept;
 
     grid_launch_dependents();
     grid_dependency_wait();
-    if constexpr (SCORE != LF_SCORE_MEAN) score_row<SCORE>(s, row, r, scores, shares, shared);
-
-    if constexpr (WARP) {
-        if (threadIdx.x >= 32) return;
-        const float *from = SCORE == LF_SCORE_MEAN ? s.scores + row * s.blocks : scores;
-        float x[ROW_KEYS];
-        uint32_t key[ROW_KEYS];
-#pragma unroll
-        for (int i = 0; i < ROW_KEYS; i++)
-            x[i] = lane + 32 * i < s.blocks ? from[lane + 32 * i] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < ROW_KEYS; i++) key[i] = lane + 32 * i < s.blocks ? sort_key(x[i]) : 0;
-        if (by_frame) {
-            if constexpr (SCORE == LF_SCORE_MEAN) {
-#pragma unroll
-                for (int i = 0; i < ROW_KEYS; i++)
-                    if (lane + 32 * i < s.blocks) scores[lane + 32 * i] = x[i];
-                __syncwarp();
-            }
-            choose_frames<SCORE, true>(s, scores, frame_keys, frames);
-            drop_frames(s, frames, key);
-        }
-        warp_list(key, s.blocks, warp_cut(key, uint32_t(s.p.kept), shared.bins), list);
+    if constexpr (SCORE == LF_SCORE_MEAN) {
+        for_each(s.scores + row * s.blocks, s.blocks, [&](int j, float x) { scores[j] = x; });
+        if (by_frame) __syncthreads();  // a thread makes keys of its own scores alone
     } else {
-        if constexpr (SCORE == LF_SCORE_MEAN) {
-            for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
-                scores[j] = s.scores[row * s.blocks + j];
-            __syncthreads();
-        }
-        if (by_frame) choose_frames<SCORE, false>(s, scores, frame_keys, frames);
-        for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
-            keys[j] = by_frame && !frames[j / s.frame_blocks] ? 0 : sort_key(scores[j]);
-        __syncthreads();
-        write_list(keys, s.blocks, find_cut(keys, s.blocks, uint32_t(s.p.kept), shared), words,
-                   list);
+        score_row<SCORE>(s, row, r, scores, shares, shared);
     }
+    if (by_frame) choose_frames<SCORE>(s, scores, frame_keys, frames);
+    make_keys(s, scores, frames, by_frame, keys, shared);
+    write_list(keys, s.blocks, find_cut(keys, s.blocks, uint32_t(s.p.kept), shared), words,
+               s.p.indices + row * s.p.kept);
 }
 
 }  // namespace lf
