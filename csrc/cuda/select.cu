@@ -39,6 +39,7 @@ Selection measure(const lf_select_params &p)
     s.q_blocks = int(lf_ceil_div(s.q_len, p.block_q));
     s.block_parts = int(lf_ceil_div(p.block_q, s.part));
     s.q_parts = s.q_blocks * s.block_parts;
+    s.q_tiles = int(lf_ceil_div(s.q_parts, 8));
     s.new_frames = int(p.k_frames - p.means_frames);
     return s;
 }
@@ -66,7 +67,7 @@ int64_t lay_out(Selection &s, char *memory)
             s.new_means = {mine, s.p.heads * rows * dim, dim, rows * dim};
         }
     };
-    const int64_t tiles = heads * lf_ceil_div(s.q_parts, 8);
+    const int64_t tiles = heads * s.q_tiles;
 
     if (s.p.score == LF_SCORE_MEAN) {
         take(s.q_means, heads * s.q_blocks * dim * size);
@@ -186,7 +187,7 @@ int launch_pool(const Selection &s, const Device &device, lf_place place, lf_err
     const bool mean = s.p.score == LF_SCORE_MEAN;
     const int octets = int(mean ? s.p.dim : padded_dim(s.p)) / 8;
     const int per_unit = q_unit_blocks(s.block_parts);
-    const int64_t q_units = mean ? lf_ceil_div(s.q_blocks, per_unit) : lf_ceil_div(s.q_parts, 8);
+    const int64_t q_units = mean ? lf_ceil_div(s.q_blocks, per_unit) : s.q_tiles;
     const int64_t k_units = lf_ceil_div(int64_t(s.new_frames) * s.frame_blocks, 2);
     const int64_t parts = per_unit * s.block_parts > 8 ? per_unit * s.block_parts : 8;
     const int64_t shared = mean ? parts * s.p.dim * int64_t(sizeof(float)) : 0;
@@ -216,7 +217,7 @@ int launch_pairs(const Selection &s, const Device &device, lf_place place, lf_er
         return launch_pairs_sm90(s, device.multiprocessors, place, err);
 
     const int dim = padded_dim(s.p), chunks = int(lf_ceil_div(s.blocks, PAIR_BLOCKS));
-    const int64_t most = lf_ceil_div(lf_ceil_div(s.q_parts, 8), PAIR_TILES);
+    const int64_t most = lf_ceil_div(s.q_tiles, PAIR_TILES);
     int64_t ranges = device.multiprocessors / (int64_t(chunks) * s.batch_heads);
     ranges = ranges < 1 ? 1 : ranges > most ? most : ranges;
 

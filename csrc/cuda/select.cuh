@@ -21,6 +21,7 @@ struct Selection {
     int q_blocks;                 // R
     int block_parts;              // A / R: parts of a query block
     int q_parts;                  // A: parts of the queries, R * block_parts, some at the end empty
+    int q_tiles;                  // tiles of 8 query parts of a (batch, head)
     int q_len;                    // query rows
     int new_frames;               // frames of k whose means are not given
     int padded_blocks;            // J rounded up to whole sectors of L2: the row length of `logits`

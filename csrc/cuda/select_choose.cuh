@@ -119,7 +119,9 @@ __device__ __forceinline__ void mass_by_lanes(const Selection &s, int r, int row
         for (int j = 4 * threadIdx.x; j < s.blocks; j += 4 * CHOOSE_THREADS) {
             float4 *to = reinterpret_cast<float4 *>(scores + j);
             float4 sum = base > 0 ? *to : float4{};
-            for (int i = 0; i < min(8, rows - base); i++) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (base + i >= rows) break;
                 const float4 x =
                     *reinterpret_cast<const float4 *>(shares + i * s.padded_blocks + j);
                 sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int chunk = blockIdx.x % key_chunks, range = blockIdx.x / key_chunks % ranges;
     const int bh = blockIdx.x / key_chunks / ranges;
-    const int tiles = (s.q_parts + 7) / 8;
+    const int tiles = s.q_tiles;
     const int first = int(int64_t(tiles) * range / ranges);
     const int last = int(int64_t(tiles) * (range + 1) / ranges);
     const int64_t tile0 = int64_t(bh) * tiles;

@@ -109,7 +109,7 @@ __device__ __forceinline__ void store_q_part(const Selection &s, int bh, int par
     const int e = split_exponent(largest), slot = part % 8;
     const SplitOctet x = split(mean, power_of_two(-e));
 
-    const int64_t tiles = (s.q_parts + 7) / 8, tile = bh * tiles + part / 8;
+    const int64_t tile = int64_t(bh) * s.q_tiles + part / 8;
     uint4 *to = s.q_split + tile * (octets * 12);
     const int lane = slot * 4 + octet % 4, step = octet / 4;
     to[step * 32 + lane] = make_uint4(x.hi[0], x.hi[1], x.hi[2], x.hi[3]);
