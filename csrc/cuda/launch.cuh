@@ -41,7 +41,7 @@ struct DeviceGuard {
 /* A launch that may begin before the kernel in front of it has ended, if `overlaps`. */
 template <typename... Parameters, typename... Arguments>
 inline cudaError_t launch_after(bool overlaps, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                         int64_t shared, lf_place place, Arguments... arguments)
+                                int64_t shared, lf_place place, Arguments... arguments)
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute;

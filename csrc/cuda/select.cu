@@ -152,7 +152,8 @@ template <typename F> cudaError_t allow_shared(F *kernel, int bytes)
 int prepare(Device *device, lf_error *err)
 {
     constexpr int MOST = 64;
-    static std::atomic<int> known[MOST];  // 4 * multiprocessors + 2 * hopper + overlaps; 0: not asked yet
+    static std::atomic<int>
+        known[MOST];  // 4 * multiprocessors + 2 * hopper + overlaps; 0: not asked yet
     int index, processors, major, minor, fact;
 
     LF_CUDA_TRY(cudaGetDevice(&index));

@@ -10,21 +10,16 @@
  * memory beat long unrolled ones over registers (2.8 us instead of 5.4 a row of 525 blocks). */
 #pragma once
 
-#include "select.cuh"
+#include "select_row.cuh"
 
 namespace lf {
 
-constexpr int CHOOSE_WARPS = 8, CHOOSE_THREADS = 32 * CHOOSE_WARPS;
-constexpr float CHOOSE_LOG2_E = 1.44269504f;
-constexpr int ROW_KEYS = 20;  // logits of a lane, where a warp holds a row: 4 of every 128
 constexpr int BINS = CHOOSE_THREADS, ROUNDS = 4;  // 8 bits of a sort key a round
-
-__host__ __device__ inline bool warp_holds_row(int64_t blocks) { return blocks <= 32 * ROW_KEYS; }
 
 struct ChooseShared {
     alignas(16) uint32_t bins[ROUNDS][BINS];
     uint32_t low[CHOOSE_WARPS], high[CHOOSE_WARPS];
-    float row_most[32], row_weight[32];
+    RowSums sums;
 };
 
 /* A threshold and a number: keys above the threshold are kept, and so are the first `equal` of
@@ -47,143 +42,6 @@ __device__ __forceinline__ uint32_t sort_key(float score)
     const uint32_t bits = __float_as_uint(score + 0.0f);
     if (isnan(score)) return 1;
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float warp_max(float x)
-{
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-    return x;
-}
-
-__device__ __forceinline__ float warp_sum(float x)
-{
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-}
-
-// ---- block scores ------------------------------------------------------------------------------
-
-__device__ __forceinline__ bool marks_nan(float logit) { return __float_as_uint(logit) & 1; }
-
-/* exp(logit - most) of finite logits. */
-__device__ __forceinline__ float share(float logit, float most)
-{
-    return ex2_approx_ftz((logit - most) * CHOOSE_LOG2_E);
-}
-
-/* Four logits of a row from number j on, those past the end as the lowest. */
-__device__ __forceinline__ void load_logits(const float *row, int j, int blocks, float *x)
-{
-    const float4 v = j < blocks ? *reinterpret_cast<const float4 *>(row + j) : float4{};
-    x[0] = j < blocks ? v.x : -FLT_MAX, x[1] = j + 1 < blocks ? v.y : -FLT_MAX;
-    x[2] = j + 2 < blocks ? v.z : -FLT_MAX, x[3] = j + 3 < blocks ? v.w : -FLT_MAX;
-}
-
-/* scores[j] = sum over the rows a of n_a softmax_j(logits of a); a warp has a row, a lane 4
- * neighbours of every 128. `shares`: [8][padded J]. */
-__device__ __forceinline__ void mass_by_lanes(const Selection &s, int r, int rows,
-                                              const float *logits, float *scores, float *shares)
-{
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int base = 0; base < rows; base += 8) {
-        if (base + warp < rows) {
-            const float *row = logits + int64_t(base + warp) * s.padded_blocks;
-            float x[ROW_KEYS], most = -FLT_MAX, sum = 0.0f;
-            uint32_t bits = 0;
-            int first;
-#pragma unroll
-            for (int i = 0; i < ROW_KEYS; i += 4)
-                load_logits(row, 4 * lane + 32 * i, s.blocks, x + i);
-#pragma unroll
-            for (int i = 0; i < ROW_KEYS; i++) {
-                bits |= uint32_t(marks_nan(x[i])) << i;
-                most = fmaxf(most, x[i]);
-            }
-            most = warp_max(most);
-#pragma unroll
-            for (int i = 0; i < ROW_KEYS; i++) sum += x[i] = share(x[i], most);
-            const float weight = float(part_rows(s, r, base + warp, &first)) / warp_sum(sum);
-#pragma unroll
-            for (int i = 0; i < ROW_KEYS; i++)
-                x[i] = bits >> i & 1 ? __uint_as_float(0x7fffffffu) : x[i] * weight;
-#pragma unroll
-            for (int i = 0; i < ROW_KEYS; i += 4)
-                if (4 * lane + 32 * i < s.blocks)
-                    *reinterpret_cast<float4 *>(shares + warp * s.padded_blocks + 4 * lane +
-                                                32 * i) =
-                        make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-        }
-        __syncthreads();
-        for (int j = 4 * threadIdx.x; j < s.blocks; j += 4 * CHOOSE_THREADS) {
-            float4 *to = reinterpret_cast<float4 *>(scores + j);
-            float4 sum = base > 0 ? *to : float4{};
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                if (base + i >= rows) break;
-                const float4 x =
-                    *reinterpret_cast<const float4 *>(shares + i * s.padded_blocks + j);
-                sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-            }
-            *to = sum;
-        }
-        __syncthreads();
-    }
-}
-
-/* The same for rows of any length: the sums first, then the shares. */
-__device__ __forceinline__ void mass_by_passes(const Selection &s, int r, int rows,
-                                               const float *logits, float *scores,
-                                               ChooseShared &shared)
-{
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int a = warp; a < rows; a += CHOOSE_WARPS) {
-        const float *row = logits + int64_t(a) * s.padded_blocks;
-        float most = -FLT_MAX, sum = 0.0f;
-        int first;
-        for (int j = lane; j < s.blocks; j += 32) most = fmaxf(most, row[j]);
-        most = warp_max(most);
-        for (int j = lane; j < s.blocks; j += 32) sum += share(row[j], most);
-        sum = warp_sum(sum);
-        if (lane == 0) {
-            shared.row_most[a] = most;
-            shared.row_weight[a] = float(part_rows(s, r, a, &first)) / sum;
-        }
-    }
-    __syncthreads();
-    for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS) {
-        float sum = 0.0f;
-        for (int a = 0; a < rows; a++) {
-            const float x = logits[int64_t(a) * s.padded_blocks + j];
-            sum += marks_nan(x) ? __uint_as_float(0x7fffffffu)
-                                : share(x, shared.row_most[a]) * shared.row_weight[a];
-        }
-        scores[j] = sum;
-    }
-    __syncthreads();
-}
-
-/* scores[j] = log sum_a n_a exp(logit of a and j), each with its own shift. */
-__device__ __forceinline__ void lse_of_rows(const Selection &s, int r, int rows,
-                                            const float *logits, float *scores)
-{
-    for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS) {
-        float most = -FLT_MAX, sum = 0.0f;
-        bool nan = false;
-        for (int a = 0; a < rows; a++) {
-            const float x = logits[int64_t(a) * s.padded_blocks + j];
-            nan |= marks_nan(x);
-            most = fmaxf(most, x);
-        }
-        for (int a = 0; a < rows; a++) {
-            int first;
-            const float n = float(part_rows(s, r, a, &first));
-            sum += n * share(logits[int64_t(a) * s.padded_blocks + j], most);
-        }
-        scores[j] = nan ? __uint_as_float(0x7fffffffu) : most + logf(sum);
-    }
-    __syncthreads();
 }
 
 // ---- frames ------------------------------------------------------------------------------------
@@ -354,25 +212,6 @@ __device__ __forceinline__ void write_list(const uint32_t *keys, int n, Cut cut,
     }
 }
 
-/* The scores of a row (mass, lse) into shared memory, and to the caller. Ends with a barrier. */
-template <lf_score SCORE>
-__device__ __forceinline__ void score_row(const Selection &s, int64_t row, int r, float *scores,
-                                          float *shares, ChooseShared &shared)
-{
-    const float *logits = s.logits + row * s.block_parts * s.padded_blocks;
-    const int rows_here = min(int(s.p.block_q), s.q_len - r * int(s.p.block_q));
-    const int rows = (rows_here + s.part - 1) / s.part;
-    if constexpr (SCORE == LF_SCORE_LSE)
-        lse_of_rows(s, r, rows, logits, scores);
-    else if (warp_holds_row(s.blocks))
-        mass_by_lanes(s, r, rows, logits, scores, shares);
-    else
-        mass_by_passes(s, r, rows, logits, scores, shared);
-    if (s.p.scores)
-        for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
-            s.p.scores[row * s.blocks + j] = scores[j];
-}
-
 // 64 registers: the 444 blocks of a call of 12 heads and 4680 rows are resident at once.
 template <lf_score SCORE>
 __global__ void __launch_bounds__(CHOOSE_THREADS, 4)
@@ -397,7 +236,7 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 4)
         for_each(s.scores + row * s.blocks, s.blocks, [&](int j, float x) { scores[j] = x; });
         if (by_frame) __syncthreads();  // a thread makes keys of its own scores alone
     } else {
-        score_row<SCORE>(s, row, r, scores, shares, shared);
+        score_row<SCORE>(s, row, r, scores, shares, shared.sums);
     }
     if (by_frame) choose_frames<SCORE>(s, scores, frame_keys, frames);
     make_keys(s, scores, frames, by_frame, keys, shared);

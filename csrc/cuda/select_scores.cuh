@@ -31,7 +31,8 @@ __device__ __forceinline__ void load_key_means(const Selection &s, int bh, int f
     const int64_t stride = given ? s.p.k_means.token : s.new_means.token;
     const bool vectors = given ? s.means_vectors : s.new_vectors;
     const int warp = threadIdx.x / 32;
-    const float *mean = (given ? given_mean(s, bh, first) : new_mean(s, bh, first - limit)) + d0 + d;
+    const float *mean =
+        (given ? given_mean(s, bh, first) : new_mean(s, bh, first - limit)) + d0 + d;
     if (d >= dim) return;
 #pragma unroll 1
     for (int i = warp; i < last - first; i += MEAN_WARPS) {

@@ -68,8 +68,8 @@ __device__ __forceinline__ void split_keys(const Selection &s, int bh, int chunk
     for (int i = 0; i < WARP_ROWS / 2; i++) {
         const int part = min(4 * b + i % 2 * 2 + lane / 16, s.frame_parts - 1);
         const bool old = frame < limit;
-        row[i] = (old ? given : fresh) + (frame * s.frame_parts + part) *
-                                             (old ? s.p.k_means.token : s.new_means.token);
+        row[i] = (old ? given : fresh) +
+                 (frame * s.frame_parts + part) * (old ? s.p.k_means.token : s.new_means.token);
         // the next block; past the last one it stays
         if (i % 2 == 1 && first + i / 2 + 1 < s.blocks && ++b == s.frame_blocks) b = 0, frame++;
     }
@@ -254,7 +254,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     int u = units * group / GROUPS, tile = u / SLICES, slice = u % SLICES;
     const int last = units * (group + 1) / GROUPS;
 
-    // The keys: given means may be read before the pooling kernel is done, new ones and queries may not.
+    // The keys: given means may be read before the pooling kernel is done, new ones and queries may
+    // not.
     grid_launch_dependents();
     if (min((chunk + 1) * CHUNK, s.blocks) > int(s.p.means_frames) * s.frame_blocks)
         grid_dependency_wait();
@@ -321,9 +322,9 @@ int launch_pairs_sm90(const Selection &s, int multiprocessors, lf_place place, l
 extern "C" int lf_select_sm90_warmup(lf_error *err)
 {
     using namespace lf;
-    LF_CUDA_TRY(cudaFuncSetAttribute(pair_sm90_kernel<64>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     SHARED<64>));
-    LF_CUDA_TRY(cudaFuncSetAttribute(pair_sm90_kernel<128>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     SHARED<128>));
+    LF_CUDA_TRY(cudaFuncSetAttribute(pair_sm90_kernel<64>,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED<64>));
+    LF_CUDA_TRY(cudaFuncSetAttribute(pair_sm90_kernel<128>,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED<128>));
     return 0;
 }
