@@ -141,7 +141,24 @@ struct Device {
     int multiprocessors;
     bool overlaps;  // the code is for sm_90 or later and has griddepcontrol
     bool hopper;    // compute capability 9.0: select_sm90.cu
+    int shared;     // bytes of shared memory of a multiprocessor
 };
+
+/* Bytes of shared memory with which at most `blocks` thread blocks fit on a multiprocessor: those
+ * that start early take what places there are, and would pile up on a few. */
+int64_t spread(const Device &device, int64_t bytes, int blocks)
+{
+    const int64_t least = device.overlaps ? device.shared / (blocks + 1) + 1 : 0;
+    return bytes > least ? bytes : least;
+}
+
+/* One thread block of scores on a multiprocessor. */
+int64_t mean_bytes(const Device &device) { return spread(device, sizeof(MeanShared), 1); }
+
+Device unpack(int fact)
+{
+    return {fact >> 2 & 0x3fff, (fact & 1) != 0, (fact & 2) != 0, (fact >> 16) * 1024};
+}
 
 template <typename F> cudaError_t allow_shared(F *kernel, int bytes)
 {
@@ -152,9 +169,10 @@ template <typename F> cudaError_t allow_shared(F *kernel, int bytes)
 int prepare(Device *device, lf_error *err)
 {
     constexpr int MOST = 64;
-    static std::atomic<int>
-        known[MOST];  // 4 * multiprocessors + 2 * hopper + overlaps; 0: not asked yet
-    int index, processors, major, minor, fact;
+    // KB of shared memory (from bit 16), multiprocessors (from bit 2), hopper, overlaps; 0: not
+    // asked
+    static std::atomic<int> known[MOST];
+    int index, processors, shared, major, minor, fact;
 
     LF_CUDA_TRY(cudaGetDevice(&index));
     fact = index < MOST ? known[index].load(std::memory_order_acquire) : 0;
@@ -163,7 +181,6 @@ int prepare(Device *device, lf_error *err)
         for (lf_dtype dtype : {LF_F32, LF_F16, LF_BF16})
             for (int part : {4, 8, 16, 32})
                 LF_CUDA_TRY(cudaFuncGetAttributes(&attributes, pick_pool(dtype, part)));
-        LF_CUDA_TRY(allow_shared(mean_scores_kernel, int(sizeof(MeanShared))));
         for (int dim : {64, 128}) LF_CUDA_TRY(allow_shared(pick_pair(dim), pair_bytes(dim)));
         for (lf_score score : {LF_SCORE_MEAN, LF_SCORE_MASS, LF_SCORE_LSE})
             LF_CUDA_TRY(allow_shared(pick_choose(score), int(CHOOSE_BYTES_MOST)));
@@ -172,18 +189,23 @@ int prepare(Device *device, lf_error *err)
         LF_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
         const bool hopper = major == 9 && minor == 0;
         if (hopper && lf_select_sm90_warmup(err) < 0) return -1;
+        LF_CUDA_TRY(
+            cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
         // Code compiled on the spot from PTX of sm_80 does not wait, whatever the chip.
-        fact = 4 * processors + 2 * hopper + (attributes.ptxVersion >= 90);
+        const bool overlaps = attributes.ptxVersion >= 90;
+        fact = shared / 1024 << 16 | processors << 2 | int(hopper) << 1 | int(overlaps);
+        const int64_t bytes = mean_bytes(unpack(fact));
+        LF_CUDA_TRY(allow_shared(mean_scores_kernel, int(bytes)));
         if (index < MOST) known[index].store(fact, std::memory_order_release);
     }
-    *device = {fact / 4, fact % 2 != 0, fact / 2 % 2 != 0};
+    *device = unpack(fact);
     return 0;
 }
 
 // ---- launches
 // --------------------------------------------------------------------------------------
 
-int launch_pool(const Selection &s, const Device &device, lf_place place, lf_error *err)
+int launch_pool(const Selection &s, lf_place place, lf_error *err)
 {
     const bool mean = s.p.score == LF_SCORE_MEAN;
     const int octets = int(mean ? s.p.dim : padded_dim(s.p)) / 8;
@@ -193,7 +215,7 @@ int launch_pool(const Selection &s, const Device &device, lf_place place, lf_err
     const int64_t parts = per_unit * s.block_parts > 8 ? per_unit * s.block_parts : 8;
     const int64_t shared = mean ? parts * s.p.dim * int64_t(sizeof(float)) : 0;
 
-    LF_CUDA_TRY(launch_after(device.overlaps, pick_pool(s.p.dtype, s.part),
+    LF_CUDA_TRY(launch_after(false, pick_pool(s.p.dtype, s.part),
                              dim3(unsigned(s.batch_heads), unsigned(q_units + k_units)),
                              dim3(unsigned(octets), 8), shared, place, s, int(q_units), octets));
     return 0;
@@ -206,7 +228,7 @@ int launch_mean_scores(const Selection &s, const Device &device, lf_place place,
 
     LF_CUDA_TRY(launch_after(device.overlaps, mean_scores_kernel,
                              unsigned(chunks * tiles * s.batch_heads), 32 * MEAN_WARPS,
-                             sizeof(MeanShared), place, s, chunks, tiles));
+                             mean_bytes(device), place, s, chunks, tiles));
     return 0;
 }
 
@@ -230,10 +252,12 @@ int launch_pairs(const Selection &s, const Device &device, lf_place place, lf_er
 
 int launch_choose(const Selection &s, const Device &device, lf_place place, lf_error *err)
 {
+    const bool mean = s.p.score == LF_SCORE_MEAN;
     const bool shares = s.p.score == LF_SCORE_MASS && warp_holds_row(s.blocks);
-    LF_CUDA_TRY(launch_after(device.overlaps, pick_choose(s.p.score),
-                             unsigned(s.q_blocks) * unsigned(s.batch_heads), CHOOSE_THREADS,
-                             choose_bytes(s.blocks, s.p.k_frames, shares), place, s));
+    const int64_t bytes = choose_bytes(s.blocks, s.p.k_frames, shares);
+    LF_CUDA_TRY(launch_after(
+        device.overlaps, pick_choose(s.p.score), unsigned(s.q_blocks) * unsigned(s.batch_heads),
+        mean ? CUT_THREADS : CHOOSE_THREADS, mean ? spread(device, bytes, 4) : bytes, place, s));
     return 0;
 }
 
@@ -285,7 +309,7 @@ extern "C" int lf_select_cuda(const lf_select_params *p, void *workspace, lf_pla
     s.means_vectors = allows_vectors(p->k_means, sizeof(float));
     s.new_vectors = allows_vectors(s.new_means, sizeof(float));
 
-    if (launch_pool(s, device, place, err) < 0) return -1;
+    if (launch_pool(s, place, err) < 0) return -1;
     if (p->score == LF_SCORE_MEAN) {
         if (launch_mean_scores(s, device, place, err) < 0) return -1;
     } else {

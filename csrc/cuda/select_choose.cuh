@@ -1,24 +1,27 @@
 /* Last kernel of select_blocks: from scores (mean) or logits (mass, lse) to the list of a row.
  *
  *   grid   query blocks * batch * heads
- *   block  8 warps
+ *   block  4 warps; 8 for mass and lse, of which 4 leave when the row has its scores
  *   shared the row's scores, which become sort keys in place; frames; for mass 8 rows of shares
  *
  * Block scores, frame scores and the choice of frames, then the cut: the kept-th largest sort key,
- * by histograms of a shrinking range; then the list, in order of the index. Bound by latency: of
- * memory, of barriers, and of fetching instructions that run once, so that short loops over shared
- * memory beat long unrolled ones over registers (2.8 us instead of 5.4 a row of 525 blocks). */
+ * by histograms of a shrinking range; then the list, in order of the index. Bound by latency (of
+ * memory, barriers, shuffles) and by issuing instructions: one warp a row waits for itself in every
+ * step, eight that all scan the bins have the schedulers wait for each other. */
 #pragma once
 
 #include "select_row.cuh"
 
 namespace lf {
 
-constexpr int BINS = CHOOSE_THREADS, ROUNDS = 4;  // 8 bits of a sort key a round
+constexpr int CUT_WARPS = 4, CUT_THREADS = 32 * CUT_WARPS;
+constexpr int BINS = 256, ROUNDS = 4;  // 8 bits of a sort key a round
+constexpr int EACH = 5;                // values of a thread at once: rows of 640 blocks in one go
 
 struct ChooseShared {
     alignas(16) uint32_t bins[ROUNDS][BINS];
-    uint32_t low[CHOOSE_WARPS], high[CHOOSE_WARPS];
+    uint32_t low[CUT_WARPS], high[CUT_WARPS];
+    uint32_t bin, above, inside;  // of the kept-th key: its bin, keys above that, keys in it
     RowSums sums;
 };
 
@@ -29,11 +32,11 @@ struct Cut {
 };
 
 /* Bytes of the dynamic part: scores [J rounded up to 8], the shares of 8 rows if lanes hold whole
- * rows, frames [2][F], words [2][ceil(J / 32)]. */
+ * rows, frames [2][F], words [3][ceil(J / 32)]. */
 __host__ __device__ inline int64_t choose_bytes(int64_t blocks, int64_t frames, bool shares)
 {
     const int64_t words = (blocks + 31) / 32, padded = (blocks + 7) / 8 * 8;
-    return 4 * (padded * (shares ? 9 : 1) + 2 * frames + 2 * words);
+    return 4 * (padded * (shares ? 9 : 1) + 2 * frames + 3 * words);
 }
 
 /* Larger for a higher score; -0 equals +0. NaN is 1, below every number; 0 is no candidate. */
@@ -67,6 +70,9 @@ __device__ __forceinline__ float frame_score(const Selection &s, const float *sc
     }
 }
 
+/* A barrier of the CUT_THREADS threads that choose. */
+__device__ __forceinline__ void cut_sync() { bar_sync(1, CUT_THREADS); }
+
 /* chosen[t]: 1 if the blocks of frame t are candidates. Ends with a barrier. */
 template <lf_score SCORE>
 __device__ __forceinline__ void choose_frames(const Selection &s, const float *scores,
@@ -77,10 +83,10 @@ __device__ __forceinline__ void choose_frames(const Selection &s, const float *s
     const int wanted = int(s.p.keep_frames) - first - int(s.p.near_frames);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    for (int t = first + int(threadIdx.x); t < last; t += CHOOSE_THREADS)
+    for (int t = first + int(threadIdx.x); t < last; t += CUT_THREADS)
         keys[t] = sort_key(frame_score<SCORE>(s, scores + t * s.frame_blocks));
-    __syncthreads();
-    for (int t = warp; t < all; t += CHOOSE_WARPS) {
+    cut_sync();
+    for (int t = warp; t < all; t += CUT_WARPS) {
         int better = 0;
         if (t >= first && t < last) {
             const uint32_t mine = keys[t];
@@ -91,23 +97,24 @@ __device__ __forceinline__ void choose_frames(const Selection &s, const float *s
         }
         if (lane == 0) chosen[t] = t < first || t >= last || better < wanted;
     }
-    __syncthreads();
+    cut_sync();
 }
 
 // ---- the cut -----------------------------------------------------------------------------------
 
-/* Calls f(j, values[j]) for this thread's j below n, four at a time: one latency for four. */
+/* Calls f(j, values[j]) for this thread's j below n, EACH at a time: one latency for all. */
 template <typename V, typename F>
 __device__ __forceinline__ void for_each(const V *values, int n, F &&f)
 {
-    for (int base = threadIdx.x; base < n; base += 4 * CHOOSE_THREADS) {
-        V value[4];
+#pragma unroll 1
+    for (int base = threadIdx.x; base < n; base += EACH * CUT_THREADS) {
+        V value[EACH];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            value[i] = base + i * CHOOSE_THREADS < n ? values[base + i * CHOOSE_THREADS] : V{};
+        for (int i = 0; i < EACH; i++)
+            if (base + i * CUT_THREADS < n) value[i] = values[base + i * CUT_THREADS];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (base + i * CHOOSE_THREADS < n) f(base + i * CHOOSE_THREADS, value[i]);
+        for (int i = 0; i < EACH; i++)
+            if (base + i * CUT_THREADS < n) f(base + i * CUT_THREADS, value[i]);
     }
 }
 
@@ -129,19 +136,51 @@ __device__ __forceinline__ void make_keys(const Selection &s, const float *score
     low = __reduce_min_sync(~0u, low);
     high = __reduce_max_sync(~0u, high);
     if (lane == 0) shared.low[warp] = low + 1, shared.high[warp] = high;
-#pragma unroll
-    for (int i = 0; i < ROUNDS; i++) shared.bins[i][threadIdx.x] = 0;
-    __syncthreads();
+    for (int i = threadIdx.x; i < ROUNDS * BINS / 4; i += CUT_THREADS)
+        reinterpret_cast<uint4 *>(shared.bins)[i] = make_uint4(0, 0, 0, 0);
+    cut_sync();
 }
 
-/* The kept-th largest of n keys, of which low and high are known by warps. Every warp reads the
- * bins and finds the same. */
+/* A warp finds the bin of the kept-th largest key. */
+__device__ __forceinline__ void scan_bins(const uint32_t *bins, uint32_t kept, ChooseShared &shared)
+{
+    const int lane = threadIdx.x % 32, top = BINS - 8 * (lane + 1);  // this lane's 8 bins
+    const uint4 a = reinterpret_cast<const uint4 *>(bins + top)[0];
+    const uint4 b = reinterpret_cast<const uint4 *>(bins + top)[1];
+    const uint32_t count[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += count[i];
+    uint32_t above = sum;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, above, step);
+        if (lane >= step) above += other;
+    }
+    above -= sum;
+    if (above < kept && above + sum >= kept) {
+#pragma unroll
+        for (int i = 7; i >= 0; i--) {
+            if (above < kept && above + count[i] >= kept) {
+                shared.bin = top + i;
+                shared.above = above;
+                shared.inside = count[i];
+            }
+            above += count[i];
+        }
+    }
+}
+
+/* The kept-th largest of n keys, of which low and high are known by warps. */
 __device__ __forceinline__ Cut find_cut(const uint32_t *keys, int n, uint32_t kept,
                                         ChooseShared &shared)
 {
-    const int lane = threadIdx.x % 32, top = BINS - 8 * (lane + 1);  // this lane's 8 bins
-    uint32_t low = __reduce_min_sync(~0u, shared.low[lane % CHOOSE_WARPS]);
-    uint32_t high = __reduce_max_sync(~0u, shared.high[lane % CHOOSE_WARPS]);
+    uint32_t low = shared.low[0], high = shared.high[0];
+#pragma unroll
+    for (int i = 1; i < CUT_WARPS; i++) {
+        low = min(low, shared.low[i]);
+        high = max(high, shared.high[i]);
+    }
 
     // It is in [low, high]: cut that into at most 256 bins, take its bin.
 #pragma unroll 1
@@ -150,63 +189,54 @@ __device__ __forceinline__ Cut find_cut(const uint32_t *keys, int n, uint32_t ke
         for_each(keys, n, [&](int, uint32_t key) {
             if (key - low <= high - low) atomicAdd(&shared.bins[round][(key - low) >> shift], 1u);
         });
-        __syncthreads();
-        const uint4 a = reinterpret_cast<const uint4 *>(&shared.bins[round][top])[0];
-        const uint4 b = reinterpret_cast<const uint4 *>(&shared.bins[round][top])[1];
-        const uint32_t count[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        uint32_t sum = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum += count[i];
-        uint32_t above = sum;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const uint32_t other = __shfl_up_sync(~0u, above, step);
-            if (lane >= step) above += other;
-        }
-        above -= sum;
-        // The lane whose bins hold the kept-th tells the bin, the keys above it and those in it.
-        const uint32_t holds = __ballot_sync(~0u, above < kept && above + sum >= kept);
-        uint32_t bin = 0, before = 0, inside = 0;
-#pragma unroll
-        for (int i = 7; i >= 0; i--) {
-            if (above < kept && above + count[i] >= kept) {
-                bin = top + i;
-                before = above;
-                inside = count[i];
-            }
-            above += count[i];
-        }
-        const int teller = __ffs(int(holds)) - 1;
-        kept -= __shfl_sync(~0u, before, teller);
-        inside = __shfl_sync(~0u, inside, teller);
-        low += __shfl_sync(~0u, bin, teller) << shift;
+        cut_sync();
+        if (threadIdx.x < 32) scan_bins(shared.bins[round], kept, shared);
+        cut_sync();
+        kept -= shared.above;
+        low += shared.bin << shift;
         high = min(high, low + ((1u << shift) - 1));
-        if (inside == kept) return {low - 1, 0};  // the whole bin
+        if (shared.inside == kept) return {low - 1, 0};  // the whole bin
     }
     return {low, kept};
 }
 
-/* The indices of the kept keys, ascending. `words`: [2][ceil(n / 32)]. */
+/* The indices of the kept keys, ascending. `words`: [3][ceil(n / 32)]: one bit a key for those
+ * above the threshold and those that are it, then how many of both the words below have, in two
+ * halves. */
 __device__ __forceinline__ void write_list(const uint32_t *keys, int n, Cut cut, uint32_t *words,
                                            int32_t *list)
 {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = (n + 31) / 32;
-    uint32_t *above = words, *equal = words + count;
-    for (int w = warp; w < count; w += CHOOSE_WARPS) {
+    uint32_t *above = words, *equal = words + count, *before = equal + count;
+    for (int w = warp; w < count; w += CUT_WARPS) {
         const int j = 32 * w + lane;
         const uint32_t key = j < n ? keys[j] : 0;
         const uint32_t is_above = __ballot_sync(~0u, key > cut.threshold);
         const uint32_t is_equal = __ballot_sync(~0u, j < n && key == cut.threshold);
         if (lane == 0) above[w] = is_above, equal[w] = is_equal;
     }
-    __syncthreads();
-    for (int w = warp; w < count; w += CHOOSE_WARPS) {
-        uint32_t before = 0;  // of the words below: those above in the low half, those equal
-        for (int i = lane; i < w; i += 32) before += __popc(above[i]) | __popc(equal[i]) << 16;
-        before = __reduce_add_sync(~0u, before);
-        const uint32_t mask = (1u << lane) - 1, bit = 1u << lane;
-        const uint32_t greater = (before & 0xffff) + __popc(above[w] & mask);
-        const uint32_t ties = (before >> 16) + __popc(equal[w] & mask);
+    cut_sync();
+    if (warp == 0) {
+        uint32_t all = 0;
+#pragma unroll 1
+        for (int base = 0; base < count; base += 32) {
+            const int w = base + lane;
+            const uint32_t own = w < count ? __popc(above[w]) | __popc(equal[w]) << 16 : 0;
+            uint32_t sum = own;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const uint32_t other = __shfl_up_sync(~0u, sum, step);
+                if (lane >= step) sum += other;
+            }
+            if (w < count) before[w] = all + sum - own;
+            all += __shfl_sync(~0u, sum, 31);
+        }
+    }
+    cut_sync();
+    for (int w = warp; w < count; w += CUT_WARPS) {
+        const uint32_t mask = (1u << lane) - 1, bit = 1u << lane, counts = before[w];
+        const uint32_t greater = (counts & 0xffff) + __popc(above[w] & mask);
+        const uint32_t ties = (counts >> 16) + __popc(equal[w] & mask);
         if (above[w] & bit || (equal[w] & bit && ties < cut.equal))
             list[greater + min(ties, cut.equal)] = 32 * w + lane;
     }
@@ -225,7 +255,7 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 4)
     float *shares = scores + s.padded_blocks;                  // [8][padded J], mass
     uint32_t *frame_keys = keys + s.padded_blocks * (has_shares ? 9 : 1);  // [F]
     uint32_t *frames = frame_keys + s.p.k_frames;                          // [F] 1: candidates
-    uint32_t *words = frames + s.p.k_frames;                               // [2][ceil(J / 32)]
+    uint32_t *words = frames + s.p.k_frames;                               // [3][ceil(J / 32)]
     const int64_t row = blockIdx.x;                                        // of [B, H, R]
     const int r = int(blockIdx.x % unsigned(s.q_blocks));
     const bool by_frame = s.p.hierarchy && s.p.k_frames - s.p.q_frames > s.p.keep_frames;
@@ -234,9 +264,10 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 4)
     grid_dependency_wait();
     if constexpr (SCORE == LF_SCORE_MEAN) {
         for_each(s.scores + row * s.blocks, s.blocks, [&](int j, float x) { scores[j] = x; });
-        if (by_frame) __syncthreads();  // a thread makes keys of its own scores alone
+        if (by_frame) cut_sync();  // otherwise a thread needs its own scores alone
     } else {
         score_row<SCORE>(s, row, r, scores, shares, shared.sums);
+        if (threadIdx.x >= CUT_THREADS) return;
     }
     if (by_frame) choose_frames<SCORE>(s, scores, frame_keys, frames);
     make_keys(s, scores, frames, by_frame, keys, shared);

@@ -132,23 +132,24 @@ __device__ __forceinline__ void store_k_part(const Selection &s, int bh, int par
 }
 
 /* Asks for the given means of this (batch, head), which the next kernel reads: their latency hides
- * behind this one, and DRAM has nothing else to do while q and k come from L2. */
+ * behind this one, and DRAM has nothing else to do while q and k come from L2. Four threads take a
+ * row of up to 128 elements. */
 __device__ __forceinline__ void prefetch_given_means(const Selection &s, int bh)
 {
     const int of_frame = s.p.score == LF_SCORE_MEAN ? s.frame_blocks : s.frame_parts;
-    const int lines = (s.dim + 31) / 32, all = int(s.p.means_frames) * of_frame * lines;
-    const int threads = blockDim.x * blockDim.y, step = gridDim.y * threads;
-    for (int i = blockIdx.y * threads + threadIdx.y * blockDim.x + threadIdx.x; i < all; i += step)
-        prefetch_l2(given_mean(s, bh, i / lines) + i % lines * 32);
+    const int all = int(s.p.means_frames) * of_frame, per = (blockDim.x + 3) / 4;
+    const int first = (blockIdx.y * blockDim.y + threadIdx.y) * per + threadIdx.x / 4;
+#pragma unroll 1
+    for (int row = first; row < all; row += gridDim.y * blockDim.y * per)
+#pragma unroll 1
+        for (int d = threadIdx.x % 4 * 32; d < s.dim; d += 128)
+            prefetch_l2(given_mean(s, bh, row) + d);
 }
 
-#ifndef POOL_HALF
-#define POOL_HALF 5
-#endif
-// 48 registers leave room on an SM for the next kernel's first blocks beside every thread of a
-// call of 4680 + 4680 rows; where a row takes more, spills would cost more than that saves.
+// 64 registers let an SM hold every thread of a call of 4680 + 4680 rows; where a row takes more
+// of them, spills would cost more than the rest of a wave.
 template <typename T, int PART>
-constexpr int POOL_RESIDENT = PART < 32 ? (sizeof(T) == 2 ? POOL_HALF : 2) : 1;
+constexpr int POOL_RESIDENT = PART < 32 ? (sizeof(T) == 2 ? 4 : 2) : 1;
 
 template <typename T, int PART>
 __global__ void __launch_bounds__(256, (POOL_RESIDENT<T, PART>))
@@ -160,9 +161,6 @@ __global__ void __launch_bounds__(256, (POOL_RESIDENT<T, PART>))
     const Unit u = unit_of(s, blockIdx.y, q_units);
     float *shared = reinterpret_cast<float *>(pool_shared);
 
-    // In this order: the next kernel reads given means early, and so must not start before those
-    // that wrote them are done.
-    grid_dependency_wait();
     grid_launch_dependents();
     prefetch_given_means(s, bh);
     for (int i = threadIdx.y; i < u.count; i += 8) {

@@ -165,9 +165,11 @@ __device__ __forceinline__ void score_row(const Selection &s, int64_t row, int r
         mass_by_lanes(s, r, rows, logits, scores, shares);
     else
         mass_by_passes(s, r, rows, logits, scores, sums);
-    if (s.p.scores)
+    if (s.p.scores) {
         for (int j = threadIdx.x; j < s.blocks; j += CHOOSE_THREADS)
             s.p.scores[row * s.blocks + j] = scores[j];
+        __syncthreads();  // before they turn into sort keys
+    }
 }
 
 }  // namespace lf

@@ -128,6 +128,7 @@ __device__ __forceinline__ void split_keys(const Selection &s, int bh, int chunk
 /* A warp's 16 query parts as operands. */
 template <int DIM> struct Queries {
     uint32_t hi[DIM / 16][4], hi8[DIM / 32][4], lo8[DIM / 32][4];
+    float factor[2];  // of rows g and g + 8
 };
 
 /* Asks for rows g and g + 8 of a tile; split_queries() waits for them. */
@@ -140,6 +141,7 @@ __device__ __forceinline__ void load_queries(const Selection &s, int bh, int til
     for (int half = 0; half < 2; half++) {
         const int64_t at = int64_t(bh) * s.q_tiles + min(first + half, s.q_tiles - 1);
         const uint4 *from = s.q_split + at * SPLIT_TILE<DIM> + lane;
+        q.factor[half] = s.q_factor[at * 8 + lane / 4];
 #pragma unroll
         for (int i = 0; i < DIM / 32; i++) {
             const uint4 hi = from[i * 32];
@@ -166,7 +168,7 @@ template <int DIM> __device__ __forceinline__ void split_queries(Queries<DIM> &q
         }
 }
 
-/* Starts the products of 64 query parts with the 64 key parts of a slice. */
+/* The products of 64 query parts with the 64 key parts of a slice. */
 template <int DIM>
 __device__ __forceinline__ void multiply(const Queries<DIM> &q, const Keys<DIM> &keys, int slice,
                                          float (&sum)[32], int (&cross)[32])
@@ -184,6 +186,7 @@ __device__ __forceinline__ void multiply(const Queries<DIM> &q, const Keys<DIM> 
         wgmma_m64n64k32_s8_rs(cross, q.lo8[i], hi8 + i * 32 / 16, 1);
     }
     wgmma_commit_group();
+    wgmma_wait_group<0>();
 }
 
 /* The log-sum-exps of a thread's query parts a and a + 8 and 4 key blocks from `first` on, which
@@ -274,20 +277,21 @@ __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     grid_dependency_wait();
 
-    const float *factors = s.q_factor + int64_t(bh) * s.q_tiles * 8;
     Queries<DIM> q;
+    float factor[2];
     load_queries(s, bh, first + tile, q);
     bool fresh = true;
     for (; u < last; u++) {
         float sum[32];
         int cross[32];
-        if (fresh) split_queries(q);
+        if (fresh) {
+            split_queries(q);
+            factor[0] = q.factor[0], factor[1] = q.factor[1];
+        }
         multiply(q, keys, slice, sum, cross);
 
         const int a = (first + tile) * TILE + threadIdx.x % 128 / 32 * 16 + lane / 4;
-        const int at = slice * SLICE_BLOCKS + lane % 4 * 4, most = s.q_tiles * 8 - 1;
-        const float factor[2] = {factors[min(a, most)], factors[min(a + 8, most)]};
-        wgmma_wait_group<0>();
+        const int at = slice * SLICE_BLOCKS + lane % 4 * 4;
         fresh = ++slice == SLICES;
         if (fresh) {
             slice = 0;
