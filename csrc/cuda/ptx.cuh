@@ -105,21 +105,14 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)
 }
 
 /* ld.global.nc of 16 bytes that are read once: past L1, but kept in L2, where no_allocate without
- * the size of a prefetch would evict them (28.8 MB in 11.3 us instead of 6.3 on an H100). Volatile,
- * so that it stays behind grid_dependency_wait(). */
+ * the size of a prefetch would evict them (28.8 MB in 11.3 us instead of 6.3 on an H100). */
 __device__ __forceinline__ uint4 load_streaming(const uint4 *from)
 {
     uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from));
+    asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        : "l"(from));
     return x;
-}
-
-/* prefetch.global.L2 of the 128 bytes around an address. */
-__device__ __forceinline__ void prefetch_l2(const void *at)
-{
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
 /* ex2.approx: 2^x to about 2 ulp, below 2^-126 zero; exp2f() takes two instructions more. */
