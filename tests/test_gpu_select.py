@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from gpu import draw, needs_gpu
+from gpu import draw, needs_gpu, use_kernel
 from numerics import DTYPES, assert_scores, assert_selection
 
 import lightforcing as lf
-from lightforcing import reference
+from lightforcing import _core, reference
 
 pytestmark = needs_gpu
 SCORES = ["mean", "mass", "lse"]
@@ -230,6 +230,36 @@ def test_a_long_video():
         cpu = lf.select_blocks(q.cpu(), k.cpu(), frame_tokens=64, score=score, sparsity=0.9).indices
         changed = len(set(gpu.flatten().tolist()) ^ set(cpu.flatten().tolist()))
         assert changed <= (0 if score == "mean" else 4)
+
+
+@pytest.fixture
+def portable():
+    """The kernels of other chips, which a Hopper GPU would not run by itself."""
+    use_kernel("portable")
+    yield
+    _core.force_kernel("auto")
+
+
+@pytest.mark.parametrize("score", ["mass", "lse"])
+@pytest.mark.parametrize("dim", [40, 128])
+def test_portable_kernels(portable, score, dim):
+    for tokens, block_q, block_k in (150, 128, 64), (78, 100, 16), (130, 64, 128):
+        q, k = pair(tokens, 2, 9, dim=dim)
+        k[0, 3 * tokens + 5, 0, 3] = torch.nan
+        options = dict(frame_tokens=tokens, score=score, block_q=block_q, block_k=block_k)
+        check(q, k, **options, sparsity=0.7, keep_frames=3, near_frames=1)
+    q, k = pair(64, 1, 8, dim=dim)
+    check(q * 1e3, k * 1e3, frame_tokens=64, score=score, sparsity=0.7, block_k=16)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_parts_of_any_number_of_rows(score):
+    """Frames and query blocks that end in a part of 1, 2, 3 ... rows."""
+    for tokens in range(32, 65, 3):
+        q, k = pair(tokens, 1, 5, dim=40, seed=tokens)
+        for block_k in 16, 64, 128:
+            options = dict(frame_tokens=tokens, score=score, block_k=block_k, hierarchy=False)
+            check(q, k, **options, sparsity=0.5)
 
 
 def test_what_it_does_not_take():

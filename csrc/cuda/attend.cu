@@ -400,6 +400,8 @@ extern "C" int lf_cuda_force_kernel(const char *name)
     return 0;
 }
 
+extern "C" int lf_cuda_portable_only(void) { return choice().load() == PORTABLE; }
+
 extern "C" int lf_attend_portable_warmup(lf_error *err)
 {
     int device = 0;

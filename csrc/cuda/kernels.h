@@ -14,6 +14,10 @@ int lf_attend_portable_warmup(lf_error *err);
 int lf_attend_sm90_warmup(lf_error *err);
 int lf_compress_warmup(lf_error *err);
 int lf_select_warmup(lf_error *err);
+int lf_select_sm90_warmup(lf_error *err);
+
+/* 1 while lf_cuda_force_kernel() or LIGHTFORCING_KERNEL asks for the portable kernels. */
+int lf_cuda_portable_only(void);
 
 #ifdef __cplusplus
 }

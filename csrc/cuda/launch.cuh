@@ -38,6 +38,24 @@ struct DeviceGuard {
     DeviceGuard &operator=(const DeviceGuard &) = delete;
 };
 
+/* A launch that may begin before the kernel in front of it has ended, if `overlaps`. */
+template <typename... Parameters, typename... Arguments>
+inline cudaError_t launch_after(bool overlaps, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                                int64_t shared, lf_place place, Arguments... arguments)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = size_t(shared);
+    config.stream = static_cast<cudaStream_t>(place.stream);
+    config.attrs = &attribute;
+    config.numAttrs = overlaps ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 /* Two floats as one register of two 16-bit values, the first in the low half. */
 template <typename T> __device__ inline uint32_t pack2(float low, float high);
 template <> __device__ inline uint32_t pack2<__nv_bfloat16>(float low, float high)

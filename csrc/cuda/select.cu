@@ -39,6 +39,7 @@ Selection measure(const lf_select_params &p)
     s.q_blocks = int(lf_ceil_div(s.q_len, p.block_q));
     s.block_parts = int(lf_ceil_div(p.block_q, s.part));
     s.q_parts = s.q_blocks * s.block_parts;
+    s.q_tiles = int(lf_ceil_div(s.q_parts, 8));
     s.new_frames = int(p.k_frames - p.means_frames);
     return s;
 }
@@ -55,11 +56,22 @@ int64_t lay_out(Selection &s, char *memory)
         used += lf_ceil_div(bytes, ALIGNMENT) * ALIGNMENT;
     };
     const int64_t heads = s.batch_heads, dim = s.p.dim, size = sizeof(float);
-    const int64_t tiles = heads * lf_ceil_div(s.q_parts, 8);
+    const auto take_means = [&](int64_t of_frame) {
+        const int64_t rows = s.new_frames * of_frame, done = s.p.means_frames * of_frame;
+        float *mine = nullptr;
+        if (s.p.store_means) {
+            s.new_means = s.p.k_means;
+            s.new_means.data = static_cast<float *>(s.p.k_means.data) + done * s.p.k_means.token;
+        } else {
+            take(mine, heads * rows * dim * size);
+            s.new_means = {mine, s.p.heads * rows * dim, dim, rows * dim};
+        }
+    };
+    const int64_t tiles = heads * s.q_tiles;
 
     if (s.p.score == LF_SCORE_MEAN) {
         take(s.q_means, heads * s.q_blocks * dim * size);
-        take(s.k_means, heads * s.new_frames * s.frame_blocks * dim * size);
+        take_means(s.frame_blocks);
         if (s.p.scores)
             s.scores = s.p.scores;
         else
@@ -67,7 +79,7 @@ int64_t lay_out(Selection &s, char *memory)
     } else {
         take(s.q_split, tiles * padded_dim(s.p) * 24);
         take(s.q_factor, tiles * 8 * size);
-        take(s.k_means, heads * s.new_frames * s.frame_parts * dim * size);
+        take_means(s.frame_parts);
         take(s.logits, heads * s.q_parts * s.padded_blocks * size);
     }
     return used;
@@ -113,18 +125,13 @@ int pair_bytes(int dim)
     return dim == 64 ? int(sizeof(PairShared<64>)) : int(sizeof(PairShared<128>));
 }
 
-template <bool WARP> choose_fn pick_choose(lf_score score)
+choose_fn pick_choose(lf_score score)
 {
     switch (score) {
-    case LF_SCORE_MASS: return choose_kernel<LF_SCORE_MASS, WARP>;
-    case LF_SCORE_LSE: return choose_kernel<LF_SCORE_LSE, WARP>;
-    default: return choose_kernel<LF_SCORE_MEAN, WARP>;
+    case LF_SCORE_MASS: return choose_kernel<LF_SCORE_MASS>;
+    case LF_SCORE_LSE: return choose_kernel<LF_SCORE_LSE>;
+    default: return choose_kernel<LF_SCORE_MEAN>;
     }
-}
-
-choose_fn pick_choose(lf_score score, bool warp)
-{
-    return warp ? pick_choose<true>(score) : pick_choose<false>(score);
 }
 
 // ---- the device
@@ -133,7 +140,25 @@ choose_fn pick_choose(lf_score score, bool warp)
 struct Device {
     int multiprocessors;
     bool overlaps;  // the code is for sm_90 or later and has griddepcontrol
+    bool hopper;    // compute capability 9.0: select_sm90.cu
+    int shared;     // bytes of shared memory of a multiprocessor
 };
+
+/* Bytes of shared memory with which at most `blocks` thread blocks fit on a multiprocessor: those
+ * that start early take what places there are, and would pile up on a few. */
+int64_t spread(const Device &device, int64_t bytes, int blocks)
+{
+    const int64_t least = device.overlaps ? device.shared / (blocks + 1) + 1 : 0;
+    return bytes > least ? bytes : least;
+}
+
+/* One thread block of scores on a multiprocessor. */
+int64_t mean_bytes(const Device &device) { return spread(device, sizeof(MeanShared), 1); }
+
+Device unpack(int fact)
+{
+    return {fact >> 2 & 0x3fff, (fact & 1) != 0, (fact & 2) != 0, (fact >> 16) * 1024};
+}
 
 template <typename F> cudaError_t allow_shared(F *kernel, int bytes)
 {
@@ -144,8 +169,10 @@ template <typename F> cudaError_t allow_shared(F *kernel, int bytes)
 int prepare(Device *device, lf_error *err)
 {
     constexpr int MOST = 64;
-    static std::atomic<int> known[MOST];  // 2 * multiprocessors + overlaps; 0: not asked yet
-    int index, processors, fact;
+    // KB of shared memory (from bit 16), multiprocessors (from bit 2), hopper, overlaps; 0: not
+    // asked
+    static std::atomic<int> known[MOST];
+    int index, processors, shared, major, minor, fact;
 
     LF_CUDA_TRY(cudaGetDevice(&index));
     fact = index < MOST ? known[index].load(std::memory_order_acquire) : 0;
@@ -154,36 +181,25 @@ int prepare(Device *device, lf_error *err)
         for (lf_dtype dtype : {LF_F32, LF_F16, LF_BF16})
             for (int part : {4, 8, 16, 32})
                 LF_CUDA_TRY(cudaFuncGetAttributes(&attributes, pick_pool(dtype, part)));
-        LF_CUDA_TRY(allow_shared(mean_scores_kernel, int(sizeof(MeanShared))));
         for (int dim : {64, 128}) LF_CUDA_TRY(allow_shared(pick_pair(dim), pair_bytes(dim)));
         for (lf_score score : {LF_SCORE_MEAN, LF_SCORE_MASS, LF_SCORE_LSE})
-            for (bool warp : {false, true})
-                LF_CUDA_TRY(allow_shared(pick_choose(score, warp), int(CHOOSE_BYTES_MOST)));
+            LF_CUDA_TRY(allow_shared(pick_choose(score), int(CHOOSE_BYTES_MOST)));
         LF_CUDA_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
+        LF_CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+        LF_CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+        const bool hopper = major == 9 && minor == 0;
+        if (hopper && lf_select_sm90_warmup(err) < 0) return -1;
+        LF_CUDA_TRY(
+            cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
         // Code compiled on the spot from PTX of sm_80 does not wait, whatever the chip.
-        fact = 2 * processors + (attributes.ptxVersion >= 90);
+        const bool overlaps = attributes.ptxVersion >= 90;
+        fact = shared / 1024 << 16 | processors << 2 | int(hopper) << 1 | int(overlaps);
+        const int64_t bytes = mean_bytes(unpack(fact));
+        LF_CUDA_TRY(allow_shared(mean_scores_kernel, int(bytes)));
         if (index < MOST) known[index].store(fact, std::memory_order_release);
     }
-    *device = {fact / 2, fact % 2 != 0};
+    *device = unpack(fact);
     return 0;
-}
-
-/* A launch that may begin before the kernel in front of it has ended, if `overlaps`. */
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_after(bool overlaps, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                         int64_t shared, lf_place place, Arguments... arguments)
-{
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = size_t(shared);
-    config.stream = static_cast<cudaStream_t>(place.stream);
-    config.attrs = &attribute;
-    config.numAttrs = overlaps ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // ---- launches
@@ -194,7 +210,7 @@ int launch_pool(const Selection &s, lf_place place, lf_error *err)
     const bool mean = s.p.score == LF_SCORE_MEAN;
     const int octets = int(mean ? s.p.dim : padded_dim(s.p)) / 8;
     const int per_unit = q_unit_blocks(s.block_parts);
-    const int64_t q_units = mean ? lf_ceil_div(s.q_blocks, per_unit) : lf_ceil_div(s.q_parts, 8);
+    const int64_t q_units = mean ? lf_ceil_div(s.q_blocks, per_unit) : s.q_tiles;
     const int64_t k_units = lf_ceil_div(int64_t(s.new_frames) * s.frame_blocks, 2);
     const int64_t parts = per_unit * s.block_parts > 8 ? per_unit * s.block_parts : 8;
     const int64_t shared = mean ? parts * s.p.dim * int64_t(sizeof(float)) : 0;
@@ -212,7 +228,7 @@ int launch_mean_scores(const Selection &s, const Device &device, lf_place place,
 
     LF_CUDA_TRY(launch_after(device.overlaps, mean_scores_kernel,
                              unsigned(chunks * tiles * s.batch_heads), 32 * MEAN_WARPS,
-                             sizeof(MeanShared), place, s, chunks, tiles));
+                             mean_bytes(device), place, s, chunks, tiles));
     return 0;
 }
 
@@ -220,8 +236,11 @@ int launch_mean_scores(const Selection &s, const Device &device, lf_place place,
  * splits the keys again. */
 int launch_pairs(const Selection &s, const Device &device, lf_place place, lf_error *err)
 {
+    if (device.hopper && !lf_cuda_portable_only())
+        return launch_pairs_sm90(s, device.multiprocessors, place, err);
+
     const int dim = padded_dim(s.p), chunks = int(lf_ceil_div(s.blocks, PAIR_BLOCKS));
-    const int64_t most = lf_ceil_div(lf_ceil_div(s.q_parts, 8), PAIR_TILES);
+    const int64_t most = lf_ceil_div(s.q_tiles, PAIR_TILES);
     int64_t ranges = device.multiprocessors / (int64_t(chunks) * s.batch_heads);
     ranges = ranges < 1 ? 1 : ranges > most ? most : ranges;
 
@@ -233,12 +252,12 @@ int launch_pairs(const Selection &s, const Device &device, lf_place place, lf_er
 
 int launch_choose(const Selection &s, const Device &device, lf_place place, lf_error *err)
 {
-    const bool warp = warp_holds_row(s.blocks), mean = s.p.score == LF_SCORE_MEAN;
-    const bool shares = s.p.score == LF_SCORE_MASS && warp;
-    LF_CUDA_TRY(launch_after(device.overlaps, pick_choose(s.p.score, warp),
-                             unsigned(s.q_blocks) * unsigned(s.batch_heads),
-                             mean && warp ? 32 : CHOOSE_THREADS,
-                             choose_bytes(s.blocks, s.p.k_frames, shares), place, s));
+    const bool mean = s.p.score == LF_SCORE_MEAN;
+    const bool shares = s.p.score == LF_SCORE_MASS && warp_holds_row(s.blocks);
+    const int64_t bytes = choose_bytes(s.blocks, s.p.k_frames, shares);
+    LF_CUDA_TRY(launch_after(
+        device.overlaps, pick_choose(s.p.score), unsigned(s.q_blocks) * unsigned(s.batch_heads),
+        mean ? CUT_THREADS : CHOOSE_THREADS, mean ? spread(device, bytes, 4) : bytes, place, s));
     return 0;
 }
 
@@ -276,13 +295,6 @@ extern "C" int64_t lf_select_cuda_workspace(const lf_select_params *p)
 extern "C" int lf_select_cuda(const lf_select_params *p, void *workspace, lf_place place,
                               lf_error *err)
 {
-    if (p->store_means) {
-        lf_select_params rest = *p;
-        const lf_compress_params missing = lf_missing_means(&rest);
-        return lf_compress_cuda(&missing, place, err) < 0
-                   ? -1
-                   : lf_select_cuda(&rest, workspace, place, err);
-    }
     const lf::DeviceGuard guard(place.device);
     Device device;
 
@@ -295,6 +307,7 @@ extern "C" int lf_select_cuda(const lf_select_params *p, void *workspace, lf_pla
     s.q_vectors = allows_vectors(p->q, size);
     s.k_vectors = allows_vectors(p->k, size);
     s.means_vectors = allows_vectors(p->k_means, sizeof(float));
+    s.new_vectors = allows_vectors(s.new_means, sizeof(float));
 
     if (launch_pool(s, place, err) < 0) return -1;
     if (p->score == LF_SCORE_MEAN) {

@@ -21,10 +21,13 @@ struct Selection {
     int q_blocks;                 // R
     int block_parts;              // A / R: parts of a query block
     int q_parts;                  // A: parts of the queries, R * block_parts, some at the end empty
+    int q_tiles;                  // tiles of 8 query parts of a (batch, head)
     int q_len;                    // query rows
     int new_frames;               // frames of k whose means are not given
     int padded_blocks;            // J rounded up to whole sectors of L2: the row length of `logits`
-    bool q_vectors, k_vectors, means_vectors;  // 16-byte loads are allowed
+    // Means of the new frames, in k_means (store_means) or in the workspace; row 0 is the first.
+    lf_tensor new_means;
+    bool q_vectors, k_vectors, means_vectors, new_vectors;  // 16-byte accesses are allowed
 
     // Workspace, by score: mean
     float *q_means;  // [BH, R, D]
@@ -33,8 +36,6 @@ struct Selection {
     uint4 *q_split;   // [BH, ceil(A / 8), split tile]: see split.cuh
     float *q_factor;  // [BH, ceil(A / 8) * 8] logit = factor of q * factor of k * product
     float *logits;    // [BH, A, padded J] log-sum-exp of a key block's logits; bit 0 marks a NaN
-    // all
-    float *k_means;  // [BH, new_frames * (frame_blocks | frame_parts), D]
 };
 
 /* Query rows of part i of query block r: the first of them, and how many (below 1: none). */
@@ -60,11 +61,20 @@ __device__ __forceinline__ int64_t head_offset(const Selection &s, const lf_tens
     return bh / s.heads * x.batch + bh % s.heads * x.head;
 }
 
-/* Row of the given means, [D] float32. */
+/* Row of the given means and of the new ones, [D] float32. */
 __device__ __forceinline__ const float *given_mean(const Selection &s, int bh, int64_t row)
 {
     const lf_tensor &x = s.p.k_means;
     return static_cast<const float *>(x.data) + head_offset(s, x, bh) + row * x.token;
 }
+
+__device__ __forceinline__ float *new_mean(const Selection &s, int bh, int64_t row)
+{
+    const lf_tensor &x = s.new_means;
+    return static_cast<float *>(x.data) + head_offset(s, x, bh) + row * x.token;
+}
+
+/* The pair kernel of Hopper (select_sm90.cu); returns 0, or -1 with `err` filled. */
+int launch_pairs_sm90(const Selection &s, int multiprocessors, lf_place place, lf_error *err);
 
 }  // namespace lf

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "select.cuh"
+#include "select_lse.cuh"
 #include "split.cuh"
 
 namespace lf {
@@ -20,7 +21,6 @@ namespace lf {
 constexpr int PAIR_GROUPS = 6, PAIR_THREADS = 2 * 32 * PAIR_GROUPS;
 constexpr int PAIR_BLOCKS = 8 * PAIR_GROUPS;  // key blocks of a thread block
 constexpr int PAIR_TILES = 8, PAIR_STAGES = 3;
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 template <int DIM> struct PairShared {
     uint4 tiles[PAIR_STAGES][PAIR_TILES * SPLIT_TILE<DIM>];
@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_keys(const Selection &s, int bh, int j, Key
                                           float4 *tokens)
 {
     const int frame = j / s.frame_blocks, b = j % s.frame_blocks, t = threadIdx.x % 4;
-    const bool given = frame < s.p.means_frames, vectors = !given || s.means_vectors;
+    const bool given = frame < s.p.means_frames, vectors = given ? s.means_vectors : s.new_vectors;
     const float *row[4];
     float n[4];
 #pragma unroll
@@ -77,8 +77,7 @@ __device__ __forceinline__ void load_keys(const Selection &s, int bh, int j, Key
         if (given) {
             row[i] = given_mean(s, bh, int64_t(frame) * s.frame_parts + part);
         } else {
-            const int64_t new_frame = int64_t(bh) * s.new_frames + frame - s.p.means_frames;
-            row[i] = s.k_means + (new_frame * s.frame_parts + part) * s.dim;
+            row[i] = new_mean(s, bh, (frame - s.p.means_frames) * s.frame_parts + part);
         }
     }
 
@@ -176,48 +175,6 @@ __device__ __forceinline__ void multiply(const KeyOperands<DIM> &keys, const uin
             x[i % 2][2 * m + i / 2] = fmaf(__int_as_float(cross[m][i]), SPLIT_CROSS, sum[m][i]);
 }
 
-/* The log-sum-exp where a logit is NaN, infinite or large: NaN counts as absent and sets bit 0,
- * infinities as the largest finite float. */
-__device__ __noinline__ float odd_log_sum_exp(float4 x, const float4 *tokens, float q_factor,
-                                              float k_factor)
-{
-    float logit[4] = {x.x, x.y, x.z, x.w}, n[4] = {tokens->x, tokens->y, tokens->z, tokens->w};
-    float most = -FLT_MAX, sum = 0.0f;
-    bool any_nan = false;
-    for (int i = 0; i < 4; i++) {
-        logit[i] = logit[i] * q_factor * k_factor;
-        if (isnan(logit[i])) {
-            any_nan |= n[i] > 0.0f;
-            n[i] = 0.0f;
-        }
-        logit[i] = fminf(fmaxf(logit[i], -FLT_MAX), FLT_MAX);
-        if (n[i] > 0.0f) most = fmaxf(most, logit[i]);
-    }
-    for (int i = 0; i < 4; i++)
-        if (n[i] > 0.0f) sum += n[i] * exp2f((logit[i] - most) * LOG2_E);
-    if (sum > 0.0f) most += LN_2 * log2f(sum);
-    return __uint_as_float((__float_as_uint(most) & ~1u) | uint32_t(any_nan));
-}
-
-/* log sum_i n_i exp(factor x_i), bit 0 clear. */
-__device__ __forceinline__ float log_sum_exp(const float (&x)[4], const float4 *tokens,
-                                             float q_factor, float k_factor)
-{
-    const float factor = q_factor * k_factor, factor2 = factor * LOG2_E;
-    const float largest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-    const float most = largest * factor, most2 = largest * factor2;
-    // A large maximum is rounded by more than exp2's argument can bear.
-    if (isnan(x[0]) || isnan(x[1]) || isnan(x[2]) || isnan(x[3]) || !(fabsf(most2) < 0x1p20f))
-        return odd_log_sum_exp(make_float4(x[0], x[1], x[2], x[3]), tokens, q_factor, k_factor);
-    const float4 n = *tokens;
-    float sum = n.x * ex2_approx_ftz(fmaf(x[0], factor2, -most2));
-    sum = fmaf(n.y, ex2_approx_ftz(fmaf(x[1], factor2, -most2)), sum);
-    sum = fmaf(n.z, ex2_approx_ftz(fmaf(x[2], factor2, -most2)), sum);
-    sum = fmaf(n.w, ex2_approx_ftz(fmaf(x[3], factor2, -most2)), sum);
-    const float result = fmaf(LN_2, lg2_approx_ftz(sum), most);
-    return __uint_as_float(__float_as_uint(result) & ~1u);
-}
-
 template <int DIM>
 __global__ void __launch_bounds__(PAIR_THREADS, 1)
     pair_kernel(const __grid_constant__ Selection s, int key_chunks, int ranges)
@@ -227,7 +184,7 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int chunk = blockIdx.x % key_chunks, range = blockIdx.x / key_chunks % ranges;
     const int bh = blockIdx.x / key_chunks / ranges;
-    const int tiles = (s.q_parts + 7) / 8;
+    const int tiles = s.q_tiles;
     const int first = int(int64_t(tiles) * range / ranges);
     const int last = int(int64_t(tiles) * (range + 1) / ranges);
     const int64_t tile0 = int64_t(bh) * tiles;
@@ -264,10 +221,15 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
             multiply(keys, &shared.tiles[stage][i * SPLIT_TILE<DIM>], lane, x);
             const float2 q_factor =
                 *reinterpret_cast<const float2 *>(&shared.factors[stage][i * 8 + lane % 4 * 2]);
-            const float4 *tokens = &shared.tokens[own];
+            const float4 n = shared.tokens[own];
             const int a = (at + i) * 8 + lane % 4 * 2;
-            const float y0 = log_sum_exp(x[0], tokens, q_factor.x, keys.factor);
-            const float y1 = log_sum_exp(x[1], tokens, q_factor.y, keys.factor);
+            bool odd0, odd1;
+            float y0 = log_sum_exp(x[0], n, q_factor.x * keys.factor, 0.0f, &odd0);
+            float y1 = log_sum_exp(x[1], n, q_factor.y * keys.factor, 0.0f, &odd1);
+            if (odd0 || odd1) {
+                if (odd0) y0 = odd_log_sum_exp(x[0], n, q_factor.x, keys.factor);
+                if (odd1) y1 = odd_log_sum_exp(x[1], n, q_factor.y, keys.factor);
+            }
             float *to = s.logits + (int64_t(bh) * s.q_parts + a) * s.padded_blocks + j;
             if (j < s.blocks && a < s.q_parts) to[0] = y0;
             if (j < s.blocks && a + 1 < s.q_parts) to[s.padded_blocks] = y1;

@@ -96,7 +96,7 @@ __device__ __forceinline__ void pool_k_blocks(const Selection &s, int bh, int un
 #pragma unroll
     for (int which = 0; which < 2; which++)
         combine(shared + which * 4 * dim, 4, dim, d, tokens + which * 4,
-                s.k_means + (int64_t(bh) * blocks + unit * 2 + which) * dim + d);
+                new_mean(s, bh, unit * 2 + which) + d);
 }
 
 /* A tile of 8 query parts, split for the tensor cores; parts that do not exist are zeros. */
@@ -119,7 +119,7 @@ __device__ __forceinline__ void pool_q_parts(const Selection &s, int bh, int uni
     const int e = split_exponent(largest);
     const SplitOctet x = split(mean, power_of_two(-e));
 
-    const int64_t tiles = (s.q_parts + 7) / 8, tile = bh * tiles + unit;
+    const int64_t tile = int64_t(bh) * s.q_tiles + unit;
     uint4 *to = s.q_split + tile * (octets * 12);
     const int lane = slot * 4 + octet % 4, step = octet / 4;
     to[step * 32 + lane] = make_uint4(x.hi[0], x.hi[1], x.hi[2], x.hi[3]);
@@ -139,10 +139,15 @@ __device__ __forceinline__ void pool_k_parts(const Selection &s, int bh, int uni
     if (frame >= s.new_frames || n <= 0 || octet * 8 >= s.dim) return;
 
     const int64_t token = (s.p.means_frames + frame) * s.p.frame_tokens + start;
-    const int64_t row = (int64_t(bh) * s.new_frames + frame) * s.frame_parts + 4 * b + i;
     float mean[8];
     mean_rows<T, PART>(rows_of<T>(s.p.k, s, bh, token, octet, s.k_vectors), n, mean);
-    store_octet(s.k_means + row * s.dim + octet * 8, mean);
+    float *to = new_mean(s, bh, frame * s.frame_parts + 4 * b + i) + octet * 8;
+    if (s.new_vectors) {
+        store_octet(to, mean);
+    } else {
+#pragma unroll
+        for (int d = 0; d < 8; d++) to[d] = mean[d];
+    }
 }
 
 // 64 registers let an SM hold every thread of a call of 4680 + 4680 rows; where a row takes more
