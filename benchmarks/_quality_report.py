@@ -78,7 +78,8 @@ def summary(store, table, facts):
         row = store[name]
         if "scores" not in row:
             continue
-        line = {k: row[k] for k in ("name", "group", "clips", "planned", "kept", "seconds")}
+        shown = ("name", "group", "clips", "planned", "kept", "seconds", "settings")
+        line = {k: row.get(k) for k in shown}
         line["density"] = sum(row["kept"]) / sum(table.blocks)
         line["mean"] = {n: interval(_scores(row, n))[0] for n in row["scores"]}
         if dense is not None and name != "dense":

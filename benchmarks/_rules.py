@@ -206,6 +206,8 @@ def rows(table, selectors):
 
     for selector, law in FIRST:
         add("main", selector, law)
+        if selector == "sta":
+            add("main", "mass", "count", " budget", budget=CALIBRATED)
     if table.view == 128:
         for selector, law in (("mass", "count"), ("mean", "cag"), ("hsa", "cag")):
             add("main", selector, law, " q128", block_q=128)
@@ -214,7 +216,6 @@ def rows(table, selectors):
     frames = dict(selector=None, score="mass", hierarchy=True)
     forced = dict(name="mass", guarantee=0.25, sink_frames=1, near_frames=2)
     add("extras", "mass-fine", "count")
-    add("extras", "mass", "count", " budget", budget=CALIBRATED)
     add("extras", "mass", "count", " refresh 2", refresh=2)
     add("extras", "mass", "cag", " frames", **frames)
     add("extras", "mass", "count", " frames", **frames)

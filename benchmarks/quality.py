@@ -86,6 +86,7 @@ class Exam:
         seconds = time.perf_counter() - begin
         return {
             "group": row.group,
+            "settings": None if config is None else config.to_dict(),
             "clips": count,
             "planned": list(row.kept),
             "kept": self._kept(chunks),
@@ -93,12 +94,12 @@ class Exam:
             "seconds": round(seconds, 2),
         }
 
-    def budget(self, clips=4):
+    def budget(self):
         """Blocks of every head, measured once on other clips than those that are scored."""
         if self._budget is None:
             from lightforcing import world
 
-            count = max(1, clips * 64 // self.table.view * 64 // self.table.view)
+            count = 2 if self.table.view <= 64 else 1
             first, calls = world.EXAM_SEED + CALIBRATION, []
             clip = world.clips(range(first, first + count), view=self.table.view)
 
@@ -107,7 +108,8 @@ class Exam:
                 calls.append(capturing.Captured(**tensors, facts=call.facts))
 
             layers = range(self.model.config.num_layers)
-            with capturing.watch(self.model, keep, layers=layers, steps=(0, 2)):
+            asked = dict(layers=layers, chunks=(3, 5, 7), steps=(0, 2))
+            with capturing.watch(self.model, keep, **asked):
                 world.rollout(self.model, clip, seed=self.seed)
             row = Row("", selector="mass", kept=self.table.counts("count"))
             self._budget = selectors.calibrate(calls, row.config(self.table))

@@ -197,6 +197,7 @@ def self_forcing(checkout, config, checkpoint):
     from omegaconf import OmegaConf
     from pipeline import CausalInferencePipeline
 
+    config = config if config.exists() else checkout / config
     merged = OmegaConf.merge(
         OmegaConf.load(checkout / "configs/default_config.yaml"), OmegaConf.load(config)
     )
