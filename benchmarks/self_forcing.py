@@ -148,8 +148,11 @@ def run(options):
                 counts[name] = {n: stats[n] for n in ("calls", "sparse_calls", "density", "dense")}
     last = (size.chunks - 1) * clock.forwards
     for name in names:
-        video(name, rollout, clock, (last, last + clock.forwards - 1))
-        profiles[name] = kernels(clock.profiled) | {"wall_ms": 1e3 * chunks[name][-1]}
+        try:
+            video(name, rollout, clock, (last, last + clock.forwards - 1))
+            profiles[name] = kernels(clock.profiled) | {"wall_ms": 1e3 * chunks[name][-1]}
+        except Exception as error:  # the times above are worth keeping without a profile
+            print(f"no profile of {name}: {type(error).__name__}: {error}")
     if not all(finite.values()):
         print(f"not finite: {[n for n, x in finite.items() if not x]}")
     return {
