@@ -132,7 +132,7 @@ def tune(model, table, row, *, seconds, steps=10**9, batch=16, seed=0, report=No
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(tuned.parameters()), 1 - keep)
         step += 1
-        if report is not None and step % 20 == 0:
+        if report is not None and step % 20 == 1:
             report(f"{row.name}: step {step}, loss {loss.item():.4f}")
     return average.requires_grad_(False).eval(), step
 
