@@ -45,9 +45,7 @@ def judge(call, names, *, kept=None, sparsity=None, block_q=128, block_k=64, not
             if notes is None or name == "oracle":
                 raise
             notes.setdefault(name, str(error))
-    found = measure(
-        call.q, call.k, call.v, lists, scale=facts.scale, oracle=lists["oracle"]
-    )
+    found = measure(call.q, call.k, call.v, lists, scale=facts.scale, oracle=lists["oracle"])
     return {name: found[name] for name in names if name in found}
 
 
