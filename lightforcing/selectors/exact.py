@@ -57,14 +57,8 @@ def _product(q, keys, scale, work):
     import torch
 
     if q.is_cuda and q.dtype != work:
-        shape = q.shape[0], q.shape[1], keys.shape[2]
-        ignored = torch.zeros((), dtype=work, device=q.device).expand(shape)
-        for product in (
-            lambda: torch.baddbmm(ignored, q, keys, out_dtype=work, beta=0, alpha=scale),
-            lambda: torch.bmm(q, keys, out_dtype=work).mul_(scale),
-        ):
-            with contextlib.suppress(TypeError, RuntimeError):  # before torch 2.8
-                return product()
+        with contextlib.suppress(TypeError):  # before torch 2.8
+            return torch.bmm(q, keys, out_dtype=work).mul_(scale)
     return (q.to(work) * scale) @ keys.to(work)
 
 
