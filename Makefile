@@ -12,7 +12,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 
 build: $(BUILT)
 
-demo: build                  ## a causal video model, dense and sparse from one noise; pictures in demo/
+demo: build                  ## a known video, continued under five attention rules; pictures in demo/
 	$(PY) -m lightforcing demo
 
 # Idle OpenMP threads sleep: spinning ones starve the others when tests share few cores.
