@@ -189,7 +189,7 @@ def rows(table, selectors):
         selectors: names that this build knows; rows of others are left out.
     """
     made = [Row("dense")]
-    costly = {"oracle": 0.25, "mass-fine": 0.25}  # seconds a batch to choose blocks on a GPU
+    costly = {"oracle": 0.25, "mass-fine": 0.5}  # seconds a batch to choose blocks on a GPU
 
     def add(group, selector, law, note="", keep=1 - TARGET, kept=None, /, **settings):
         if selector in selectors:
@@ -207,6 +207,7 @@ def rows(table, selectors):
     for selector, law in FIRST:
         add("main", selector, law)
         if selector == "sta":
+            add("main", "mass-fine", "count")
             add("main", "mass", "count", " budget", budget=CALIBRATED)
     if table.view == 128:
         for selector, law in (("mass", "count"), ("mean", "cag"), ("hsa", "cag")):
@@ -215,7 +216,6 @@ def rows(table, selectors):
         add("laws", selector, law)
     frames = dict(selector=None, score="mass", hierarchy=True)
     forced = dict(name="mass", guarantee=0.25, sink_frames=1, near_frames=2)
-    add("extras", "mass-fine", "count")
     add("extras", "mass", "count", " refresh 2", refresh=2)
     add("extras", "mass", "cag", " frames", **frames)
     add("extras", "mass", "count", " frames", **frames)
