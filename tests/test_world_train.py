@@ -10,7 +10,7 @@ from small_wan import one_thread  # noqa: F401
 from lightforcing import world
 from lightforcing.world import __main__ as command
 from lightforcing.world import checkpoint, train, weights
-from lightforcing.world.model import new_model
+from lightforcing.world.model import MODELS, new_model
 from lightforcing.world.muon import Muon, orthogonal
 from lightforcing.world.recipe import RECIPES, Stage, shortened
 from lightforcing.world.train import Trainer, trained
@@ -183,7 +183,9 @@ def test_export_evaluate_and_render(run, tmp_path, capsys):
     sizes = ["--view", "32", "--clips", "2", "--device", "cpu"]
     assert command.main(["export", "--folder", str(run), "--out", out, *sizes]) == 1  # untrained
     card = world.card(out)
-    assert card["run"]["steps"] == 6 and card["run"]["runs"] == 2 and card["run"]["seed"] == 4
+    assert card["run"]["steps"] == 6 and card["run"]["finished"]
+    assert [c["from_step"] for c in card["run"]["commands"]] == [0, 3]
+    assert card["run"]["seed"] == 4 and card["run"]["recipe"][1]["view"] == 64
     assert card["gates"][0]["clips"] == 2 and not card["gates"][0]["ok"]
     page = (tmp_path / "export" / weights.PAGE).read_text()
     assert "FAILS" in page and card["sha256"] in page
@@ -223,3 +225,31 @@ def test_too_large_a_file_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "MOST_BYTES", 1000)
     with pytest.raises(ValueError, match="model: expected at most 1000 bytes in 8 bits, got"):
         weights.export(trained(run)[0], tmp_path, {})
+
+
+# ---- what ships ----------------------------------------------------------------------
+
+
+def test_the_card_of_the_shipped_weights_is_true():
+    card = world.card()
+    assert card["bytes"] == (weights.FOLDER / weights.FILE).stat().st_size <= weights.MOST_BYTES
+    assert [(g["view"], g["clips"], g["ok"]) for g in card["gates"]] == [
+        (64, 256, True),
+        (128, 64, True),
+    ]
+    assert all(gate["ok"] for result in card["gates"] for gate in result["gates"])
+    log = [json.loads(line) for line in (weights.FOLDER / "log.jsonl").read_text().splitlines()]
+    end = log[-1]
+    assert end["event"] == "trained" and end["at"]["wall"] < 660
+    told = weights.history(log, end["at"], card["model"]["weights"])["run"]
+    assert card["run"] == told and told["finished"]
+    assert (weights.FOLDER / weights.PAGE).read_text() == weights.page(card)
+
+
+def test_the_shipped_weights_continue_a_clip():
+    model = world.load_world(device="cpu")
+    assert model.config == MODELS["narrow"]
+    clip = world.clips(1, frames=9)
+    scores = world.metrics.score(world.rollout(model, clip), clip)
+    assert scores["bare"] > 23 and scores["c1"] > 22
+    assert scores["glyph_easy"] == scores["glyph_hard"] == 1

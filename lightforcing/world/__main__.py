@@ -78,25 +78,7 @@ def export(options) -> int:
     folder = Path(options.folder)
     model, at = trained(folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    runs = [line for line in log if line.get("event") in ("start", "resume")]
-    first = runs[0]
-    facts = {
-        "model": {"name": first["model"], "weights": weights_of(model)},
-        "run": {
-            "command": f"python -m lightforcing.world train --model {first['model']} "
-            f"--seed {first['seed']}",
-            "device": " and ".join(dict.fromkeys(run["device"] for run in runs)),
-            "torch": first["torch"],
-            "runs": len(runs),
-            "finished": at["stage"] == len(first["recipe"]),
-            "wall": at["wall"],
-            "steps": at["total"],
-            "clips": at["clips"],
-            "seed": first["seed"],
-            "recipe": first["recipe"],
-        },
-        "gates": [],
-    }
+    facts = weights.history(log, at, weights_of(model))
     out = options.out or weights.FOLDER
     weights.export(model, out, facts)
     shipped = weights.load_world(out, device=_device(options))

@@ -121,28 +121,72 @@ def card(folder: str | os.PathLike | None = None) -> dict:
     return json.loads((Path(folder or FOLDER) / CARD).read_text())
 
 
+def history(log: list[dict], at: dict, count: int) -> dict:
+    """What the card says of a training run.
+
+    Args:
+        log: lines of its ``log.jsonl``.
+        at: its counters at the end.
+        count: weights of the model.
+    """
+    runs = [line for line in log if line.get("event") in ("start", "resume")]
+    first = runs[0]
+    command = f"python -m lightforcing.world train --model {first['model']} --seed {first['seed']}"
+    return {
+        "model": {"name": first["model"], "weights": count},
+        "run": {
+            "seed": first["seed"],
+            "device": " and ".join(dict.fromkeys(run["device"] for run in runs)),
+            "torch": " and ".join(dict.fromkeys(run["torch"] for run in runs)),
+            "finished": at["stage"] == len(first["recipe"]),
+            "wall": at["wall"],
+            "steps": at["total"],
+            "clips": at["clips"],
+            "commands": [
+                {
+                    "command": f"{command} --stages "
+                    + " ".join(f"{stage['seconds']:g}" for stage in run["recipe"]),
+                    "from_step": run["at"]["total"],
+                    "from_second": run["at"]["wall"],
+                }
+                for run in runs
+            ],
+            "recipe": runs[-1]["recipe"],
+        },
+        "notes": [],
+        "gates": [],
+    }
+
+
 def page(facts: dict) -> str:
     """The card for people, in Markdown."""
     run, model = facts["run"], facts["model"]
     lines = [
         "# The world model's weights",
         "",
-        f"`{facts['file']}`, {facts['bytes'] / 1e6:.2f} MB: {model['weights']:,} weights, the",
-        "matrices of the blocks in 8 bits with a scale for each row, the rest in float16.",
-        "",
-        f"Made by `{run['command']}` on one {run['device']} (torch {run['torch']}): "
-        f"{run['wall']:.0f} s, {run['steps']} steps, {run['clips']} clips, seed {run['seed']}.",
+        f"`{facts['file']}`, {facts['bytes'] / 1e6:.2f} MB: {model['weights']:,} weights, the "
+        "matrices of the blocks in 8 bits with a scale for each row, the rest in float16. "
         f"SHA-256 `{facts['sha256']}`.",
         "",
-        "| stage | view | seconds | sequences a step |",
-        "|---|---|---|---|",
+        f"Trained from nothing on one {run['device']} (torch {run['torch']}) in {run['wall']:.0f} "
+        f"s, compiling and probes included: {run['steps']} steps, {run['clips']} clips, seed "
+        f"{run['seed']}. `log.jsonl` beside this page is the log of:",
+        "",
     ]
+    for one in run["commands"]:
+        lines.append(
+            f"- `{one['command']}` from {one['from_second']:.0f} s, step {one['from_step']}"
+        )
+    lines += ["", *facts["notes"]]
+    lines += [""] if facts["notes"] else []
+    lines += ["| stage | view | seconds | sequences a step |", "|---|---|---|---|"]
     for number, stage in enumerate(run["recipe"], 1):
-        lines.append(f"| {number} | {stage['view']} px | {stage['seconds']} | {stage['batch']} |")
+        lines.append(f"| {number} | {stage['view']} px | {stage['seconds']:g} | {stage['batch']} |")
+    lines += ["", "The gates were examined on this very file, read back."]
     for result in facts["gates"]:
-        lines += ["", f"## {result['view']} px, {result['clips']} clips", ""]
         lines += [
-            "Examined is this file, read back, not the weights it was made of.",
+            "",
+            f"## {result['view']} px, {result['clips']} clips",
             "",
             "| gate | bound | found | |",
             "|---|---|---|---|",
@@ -153,4 +197,8 @@ def page(facts: dict) -> str:
                 f"| {gate['name']} | {sign} {gate['bound']:g} | {gate['value']:.2f} | "
                 f"{'holds' if gate['ok'] else 'FAILS'} |"
             )
+        names = ("all", "bare", "back", "moving", "glyph_easy", "glyph_hard", "ssim", "drift")
+        lines += ["", "| rollout | " + " | ".join(names) + " |", "|---" * 9 + "|"]
+        for name, row in result["rows"].items():
+            lines.append(f"| {name} | " + " | ".join(f"{row[key]:.2f}" for key in names) + " |")
     return "\n".join(lines) + "\n"
