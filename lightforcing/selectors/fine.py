@@ -59,11 +59,11 @@ class Fine(Scored):
         km = block_means(k, cell, g.frame_tokens).mT
         per_frame = km.shape[-1] // g.k_frames
         size = torch.full((per_frame,), float(cell), device=q.device)
-        size[-1] = g.frame_tokens - cell * (per_frame - 1)
+        size[-1:].fill_(g.frame_tokens - cell * (per_frame - 1))
         bias = size.log().repeat(g.k_frames)
         rows = qm.shape[2]
         weight = torch.full((rows, 1), float(cell), device=q.device)
-        weight[-1] = float(g.q_len - cell * (rows - 1))
+        weight[-1:].fill_(float(g.q_len - cell * (rows - 1)))
         cells = g.block_q // cell
         step = max(1, SLAB // (4 * km.shape[-1] * q.shape[0] * q.shape[2] * cells)) * cells
         out = []
