@@ -2,7 +2,6 @@
 
     python benchmarks/attention_share.py [--size 1.3B] [--frames 21] [--preset paper --preset fast]
                                          [--json FILE] [--plot FILE]
-    python benchmarks/attention_share.py --checkout PATH [...]    (Self Forcing, on a GPU)
     python benchmarks/attention_share.py --saved FILE --plot FILE (the picture of a saved run)
 
 Our own model with random weights makes one video dense and one with each preset, from the same
@@ -13,8 +12,7 @@ slower than the GPU (few frames, small models) the time between two events also 
 time for the launches, as a user would feel it. A dense call is torch's SDPA: cuDNN where torch
 prefers it, see `--backend`.
 
-With `--checkout` it is the released size of an unmodified Self Forcing instead, in its own chunk
-loop, see self_forcing.py.
+self_forcing.py --share times an unmodified Self Forcing in the same way; --saved draws both.
 
 On a GPU the size is 1.3B at 60 x 104 latents, on a CPU tiny at 16 x 24. The video runs once more
 in front, two chunks long, to warm up.
@@ -138,22 +136,29 @@ def run(options):
     return videos
 
 
-def checkout_videos(options):
-    """The same of a Self Forcing checkout at its released size."""
-    from self_forcing import ORDER, released
+def checkout_videos(rollout, presets):
+    """The same of a Self Forcing checkout at its released size, see self_forcing.py."""
+    from self_forcing import ORDER
 
-    rollout = released(options.checkout, options.layers or 30)
     (module,) = (
         m for n, m in rollout.checkout.loaded().items() if n.endswith("modules.causal_model")
     )
     videos = {}
-    for name in ("dense", "dense", *options.preset):  # the first warms up
+    for name in ("dense", *presets):
         patched = contextlib.nullcontext()
         if name != "dense":
             patched = lf.patched(rollout.pipeline, name, strict=True)
         with patched, sdpa_kernel(ORDER, set_priority=True), AttentionClock(True, module) as clock:
             videos[name] = _chunks_of(rollout, clock)
     return videos
+
+
+def saved(path, title, facts, videos, **settings):
+    """Write what the picture is made from."""
+    record = {"title": title, "environment": facts, "settings": settings, "videos": videos}
+    record["totals"] = {name: totals(rows) for name, rows in videos.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _chunks_of(rollout, clock, forwards=5):
@@ -282,7 +287,6 @@ def arguments(argv):
     parser.add_argument("--width", type=int, help="of the latents")
     parser.add_argument("--preset", action="append", help="may be repeated; default: paper fast")
     parser.add_argument("--backend", choices=BACKENDS, default="cudnn", help="of dense attention")
-    parser.add_argument("--checkout", metavar="PATH", help="folder of a Self Forcing checkout")
     parser.add_argument("--saved", type=Path, metavar="FILE", help="JSON of a run: only plot it")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture; needs matplotlib")
@@ -304,20 +308,17 @@ def main(argv=None):
         return 0
     facts = environment(options)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    model = "Self Forcing" if options.checkout else "causal Wan"
-    title = f"{model} {options.size}, {options.frames} frames of {options.height} x {options.width}"
+    title = (
+        f"causal Wan {options.size}, {options.frames} frames of {options.height} x {options.width}"
+    )
     if facts.get("card"):
         title += f", {facts['card']}"
     print(title)
-    videos = checkout_videos(options) if options.checkout else run(options)
+    videos = run(options)
     print(table(videos))
     if options.json:
-        apart = ("json", "plot", "saved", "checkout")
-        settings = {n: v for n, v in vars(options).items() if n not in apart}
-        record = {"title": title, "environment": facts, "settings": settings, "videos": videos}
-        record["totals"] = {name: totals(rows) for name, rows in videos.items()}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        settings = {n: v for n, v in vars(options).items() if n not in ("json", "plot", "saved")}
+        saved(options.json, title, facts, videos, **settings)
     if options.plot:
         try:
             plot(videos, options.plot, title)

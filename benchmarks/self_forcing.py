@@ -1,6 +1,7 @@
 """How much faster the DiT of an unmodified Self Forcing checkout makes a 5 s video when patched.
 
     python benchmarks/self_forcing.py PATH [--preset paper --preset fast] [--rounds 3] [--json FILE]
+                                      [--share FILE]
 
 PATH is a checkout of Self Forcing (its files are read, never written). Its own pipeline and chunk
 loop run at the released size: 1.3B, 30 layers, 12 heads of 128, 21 latent frames of 60 x 104 (1560
@@ -12,7 +13,8 @@ Videos take turns: dense, each preset, and one whose self-attention is left out 
 returned), which no faster attention can beat: that is the limit of patching attention alone. The
 loop reads a counter back from the GPU in every layer, so the GPU waits while the host launches the
 next kernels; `busy` is the sum of all kernels of one chunk (the last) against its wall time, from
-torch.profiler, and says how much of the limit is the host's.
+torch.profiler, and says how much of the limit is the host's. `--share` also times every attention
+call, chunk by chunk, for the picture of attention_share.py.
 """
 
 from __future__ import annotations
@@ -132,37 +134,59 @@ def released(path, layers=30):
     return Rollout(checkout, entry, Variant("no window"), size)
 
 
-def run(options):
-    """Everything: a record for the JSON file."""
+class Budget:
+    """Seconds that the measuring may take; what is measured by then is kept."""
+
+    def __init__(self, seconds):
+        self.start, self.seconds = time.perf_counter(), seconds
+
+    def spent(self):
+        return time.perf_counter() - self.start > self.seconds
+
+
+def run(options, record, save):
+    """Fill the record, saving it after every video."""
+    budget = Budget(options.seconds)
     rollout = released(options.path, options.layers)
-    checkout, size = rollout.checkout, rollout.size
-    clock = Clock(rollout.pipeline.generator, forwards=5)
+    checkout, clock = rollout.checkout, Clock(rollout.pipeline.generator, forwards=5)
     names = ["dense", *options.preset, FREE]
-    seconds, chunks, counts, profiles = {n: [] for n in names}, {}, {}, {}
-    finite = {}
-    for turn in range(options.rounds + 1):  # the first warms up
-        for name in names:
-            spent, chunks[name], stats, finite[name] = video(name, rollout, clock)
-            seconds[name] += [spent] if turn else []
-            if stats is not None:
-                counts[name] = {n: stats[n] for n in ("calls", "sparse_calls", "density", "dense")}
-    last = (size.chunks - 1) * clock.forwards
-    for name in names:
-        try:
-            video(name, rollout, clock, (last, last + clock.forwards - 1))
-            profiles[name] = kernels(clock.profiled) | {"wall_ms": 1e3 * chunks[name][-1]}
-        except Exception as error:  # the times above are worth keeping without a profile
-            print(f"no profile of {name}: {type(error).__name__}: {error}")
-    if not all(finite.values()):
-        print(f"not finite: {[n for n, x in finite.items() if not x]}")
-    return {
+    record |= {
         "environment": machine() | {"clocks": clocks()},
         "checkout": {"name": checkout.name, "commit": checkout.commit(),
                      "standins": checkout.standins},
-        "settings": {"layers": options.layers, "rounds": options.rounds, "frames": rollout.frames,
-                     **RELEASED},
-        "seconds": seconds, "chunk_seconds": chunks, "counts": counts, "last_chunk": profiles,
+        "settings": {"layers": options.layers, "frames": rollout.frames, **RELEASED},
+        "seconds": {n: [] for n in names}, "chunk_seconds": {}, "counts": {}, "finite": {},
+        "last_chunk": {},
     }  # fmt: skip
+    print(f"built; the first video took {video('dense', rollout, clock)[0]:.2f} s", flush=True)
+    for turn in range(options.rounds):
+        for name in names:
+            if turn and budget.spent():
+                return
+            spent, record["chunk_seconds"][name], stats, finite = video(name, rollout, clock)
+            record["seconds"][name].append(spent)
+            record["finite"][name] = finite
+            if stats is not None:
+                kept = ("calls", "sparse_calls", "density", "dense")
+                record["counts"][name] = {n: stats[n] for n in kept}
+            print(f"{name}: {spent:.3f} s{'' if finite else ', not finite'}", flush=True)
+            save(record)
+    last = (rollout.size.chunks - 1) * clock.forwards
+    for name in names:
+        if budget.spent():
+            return
+        wall = 1e3 * record["chunk_seconds"][name][-1]
+        try:
+            video(name, rollout, clock, (last, last + clock.forwards - 1))
+            record["last_chunk"][name] = kernels(clock.profiled) | {"wall_ms": wall}
+        except Exception as error:  # the times above are worth keeping without a profile
+            print(f"no profile of {name}: {type(error).__name__}: {error}", flush=True)
+        save(record)
+    if options.share and not budget.spent():
+        from attention_share import checkout_videos, saved
+
+        videos = checkout_videos(rollout, options.preset)
+        saved(options.share, "Self Forcing 1.3B", record["environment"], videos)
 
 
 def text(record):
@@ -177,6 +201,8 @@ def text(record):
     dense = median(record["seconds"]["dense"])
     pictures = 4 * record["settings"]["frames"] - 3  # of the VAE, from latent frames
     for name, seconds in record["seconds"].items():
+        if not seconds:
+            continue
         chunks = " ".join(f"{1e3 * c:.0f}" for c in record["chunk_seconds"][name])
         spent = median(seconds)
         lines.append(
@@ -200,6 +226,8 @@ def arguments(argv):
     parser.add_argument("--preset", action="append", help="may be repeated; default: paper fast")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=300, help="begin no further part after")
+    parser.add_argument("--share", type=Path, metavar="FILE", help="JSON for attention_share.py")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     options.preset = options.preset or ["paper", "fast"]
@@ -212,11 +240,15 @@ def main(argv=None):
     if not torch.cuda.is_available():
         print("self_forcing: needs a GPU; benchmarks/pipelines.py runs checkouts on the CPU")
         return 2
-    record = run(options)
+    record = {}
+
+    def save(record):
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+    run(options, record, save)
     print(text(record))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
