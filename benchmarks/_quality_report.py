@@ -14,7 +14,7 @@ from _paired import difference, interval, show
 from lightforcing.selectors import make, names
 
 PSNR = ("bare", "back", "all")  # the sharp ones first: sprites hide what attention does in `all`
-SHOWN = ("bare", "back", "all", "moving", "glyph_easy", "glyph_hard", "ssim", "drift")
+FAR = -6.0  # dB: worse rows are numbers in the picture
 # (what is asked, minuend, subtrahend); a row that is missing leaves its line out.
 QUESTIONS = {
     "H2, schedules at equal totals": [
@@ -219,10 +219,15 @@ def picture(made, path):
             if mean is None:
                 continue
             colour = _colour(plots, row["name"])
+            if mean < FAR:  # a number in place of a point that would squeeze all others together
+                place = dict(xycoords=("axes fraction", "data"), va="center", fontsize=9)
+                axis.annotate(f"{mean:.1f}", (0.02, y), color=colour, **place)
+                continue
             axis.plot([low, high], [y, y], color=colour, linewidth=2)
             axis.plot([mean], [y], "o", color=colour, markersize=5)
         axis.axvline(0, color="#bbbbbb", linewidth=1, zorder=0)
         axis.set(title=title, xlabel="PSNR - dense, dB", yticks=range(len(rows)), yticklabels=[])
+        axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.grid(axis="x", color="#eeeeee")
     axes[0].set_yticklabels([r["name"] for r in rows])
     facts = made["facts"]
