@@ -104,7 +104,8 @@ kernel_fn pick(lf_dtype dtype)
 bool in_sixteens(const lf_tensor &x, int64_t element_bytes)
 {
     const int64_t strides = x.batch | x.token | x.head;
-    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && strides * element_bytes % 16 == 0;
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && strides * element_bytes % 16 == 0 &&
+           x.token < MOST_STRIDE;
 }
 
 }  // namespace

@@ -7,7 +7,10 @@
 
 namespace lf {
 
-/* Elements d .. d + 7 of rows `stride` elements apart; `vectors`: 16-byte loads are allowed. */
+/* Elements d .. d + 7 of rows `stride` elements apart; `vectors`: 16-byte loads are allowed, and
+ * a stride is below MOST_STRIDE, so that 32 of them are a 32-bit number. */
+constexpr int64_t MOST_STRIDE = 1 << 26;
+
 template <typename T> struct Rows {
     const T *at;
     int64_t stride;
@@ -20,7 +23,7 @@ template <typename T> struct Octet {
 
 template <typename T> __device__ __forceinline__ Octet<T> load_octet(const Rows<T> &rows, int row)
 {
-    const T *at = rows.at + row * rows.stride;
+    const T *at = rows.at + row * int(rows.stride);
     Octet<T> octet;
 #pragma unroll
     for (int i = 0; i < int(sizeof octet / 16); i++)
@@ -42,111 +45,104 @@ __device__ __forceinline__ void add_scaled(float (&sum)[8], float weight, const 
     for (int i = 0; i < 8; i++) sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, mean[i]));
 }
 
-/* Mean of rows [first, first + ROWS): of its quarters' means, of plain sums up to 4 rows.
- * A division by a power of two is the product with its inverse, bit for bit. */
-template <typename T, int ROWS>
-__device__ __forceinline__ void full_mean(const Rows<T> &rows, int first, float (&out)[8])
+/* x / n for n a power of two, 0 for n = 0: the product with 1 / n is the same, bit for bit. */
+__device__ __forceinline__ void divide_exactly(float (&x)[8], int n)
 {
-    clear(out);
-    if constexpr (ROWS <= 4) {
-        Octet<T> octet[ROWS];
+    const float inverse = n > 0 ? __uint_as_float(uint32_t(96 + __clz(n)) << 23) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) octet[i] = load_octet(rows, first + i);
-#pragma unroll
-        for (int i = 0; i < ROWS; i++)
-#pragma unroll
-            for (int d = 0; d < 8; d++) out[d] = __fadd_rn(out[d], to_float(octet[i].x[d]));
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float mean[8];
-            full_mean<T, ROWS / 4>(rows, first + i * (ROWS / 4), mean);
-            add_scaled(out, float(ROWS / 4), mean);
-        }
-    }
-#pragma unroll
-    for (int d = 0; d < 8; d++) out[d] = __fmul_rn(out[d], 1.0f / ROWS);
+    for (int d = 0; d < 8; d++) x[d] = __fmul_rn(x[d], inverse);
 }
 
-/* x / n, 0 for n = 0: as a product where that is the same, bit for bit. */
 __device__ __forceinline__ void divide(float (&x)[8], int n)
 {
     if ((n & (n - 1)) == 0) {
-        const float inverse = n > 0 ? __uint_as_float(uint32_t(96 + __clz(n)) << 23) : 0.0f;
-#pragma unroll
-        for (int d = 0; d < 8; d++) x[d] = __fmul_rn(x[d], inverse);
+        divide_exactly(x, n);
     } else {
 #pragma unroll
         for (int d = 0; d < 8; d++) x[d] = __fdiv_rn(x[d], float(n));
     }
 }
 
-/* The same of rows [first, min(first + ROWS, n)), n >= 1: the short last part of a frame or of the
- * queries. All rows are asked for at once, those past the last as the last, and count as zeros,
- * which a sum that begins with +0 does not feel: row by row, the few short parts took longer than
- * all the others together (6 of 14 us on an H100). */
-template <typename T, int ROWS>
-__device__ __forceinline__ void short_mean(const Rows<T> &rows, int first, int n, float (&out)[8])
+/* Whether every inner mean of the first n of ROWS rows is of 0, 1, 2, 4 or 8 rows. */
+template <int ROWS> __device__ __forceinline__ bool divides_exactly(int n)
 {
-    const int here = min(max(n - first, 0), ROWS);
+    if constexpr (ROWS <= 8) return true;
+    const int rest = n % (ROWS / 4);
+    return (rest & (rest - 1)) == 0;
+}
+
+/* Sum of rows [first, min(first + ROWS, n)), n >= 1, as the weighed means of its quarters, plainly
+ * up to 4 rows, if n divides_exactly(). No branch, so that many rows are asked for at once: those
+ * past the last as the last, to count as zeros, which a sum that begins with +0 does not feel.
+ * Full parts run the same code: the few short ones, fetching instructions of their own, took
+ * longer than all the others (3 of 14 us on an H100). */
+template <typename T, int ROWS>
+__device__ __forceinline__ void vector_sum(const Rows<T> &rows, int first, int n, float (&out)[8])
+{
     clear(out);
     if constexpr (ROWS <= 4) {
         Octet<T> octet[ROWS];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) octet[i] = load_octet(rows, min(first + i, n - 1));
 #pragma unroll
-        for (int i = 0; i < ROWS; i++)
+        for (int i = 0; i < ROWS; i++) {
+            if (first + i >= n) octet[i] = {};
 #pragma unroll
-            for (int d = 0; d < 8; d++)
-                out[d] = __fadd_rn(out[d], i < here ? to_float(octet[i].x[d]) : 0.0f);
+            for (int d = 0; d < 8; d++) out[d] = __fadd_rn(out[d], to_float(octet[i].x[d]));
+        }
     } else {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int at = first + i * (ROWS / 4);
+            const int at = first + i * (ROWS / 4), here = min(max(n - at, 0), ROWS / 4);
             float mean[8];
-            short_mean<T, ROWS / 4>(rows, at, n, mean);
-            add_scaled(out, float(min(max(n - at, 0), ROWS / 4)), mean);
-        }
-    }
-    divide(out, here);
-}
-
-/* The same, an element at a time: tensors that are not aligned to 16 bytes. */
-template <typename T, int ROWS>
-__device__ __forceinline__ void plain_mean(const Rows<T> &rows, int first, int n, float (&out)[8])
-{
-    clear(out);
-    if constexpr (ROWS <= 4) {
-#pragma unroll 1
-        for (int i = 0; i < n; i++) {
-            const T *at = rows.at + (first + i) * rows.stride;
-#pragma unroll
-            for (int d = 0; d < 8; d++) out[d] = __fadd_rn(out[d], to_float(at[d]));
-        }
-    } else {
-#pragma unroll 1
-        for (int i = 0; i < n; i += ROWS / 4) {
-            const int here = min(ROWS / 4, n - i);
-            float mean[8];
-            plain_mean<T, ROWS / 4>(rows, first + i, here, mean);
+            vector_sum<T, ROWS / 4>(rows, at, n, mean);
+            divide_exactly(mean, here);
             add_scaled(out, float(here), mean);
         }
     }
-    divide(out, n);
+}
+
+/* An element of the mean of n of `part` rows (a power of 2 up to 32) whatever n and the alignment:
+ * slow, and only once in the code. By value: an array whose address left for a call would live in
+ * memory on every path (32 us instead of 14 for a call's queries and keys). */
+template <typename T>
+__device__ __noinline__ float plain_mean(const T *at, int64_t stride, int part, int n)
+{
+    const int outer = part <= 4 ? 1 : part / 4, inner = outer <= 4 ? 1 : outer / 4;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < n; i += outer) {
+        const int here = min(outer, n - i);
+        float mean = 0.0f;
+#pragma unroll 1
+        for (int j = i; j < i + here; j += inner) {
+            const int rows = min(inner, i + here - j);
+            float least = 0.0f;
+            for (int row = j; row < j + rows; row++)
+                least = __fadd_rn(least, to_float(at[row * stride]));
+            if (inner > 1) least = __fmul_rn(float(rows), __fdiv_rn(least, float(rows)));
+            mean = __fadd_rn(mean, least);
+        }
+        if (outer > 1) mean = __fmul_rn(float(here), __fdiv_rn(mean, float(here)));
+        sum = __fadd_rn(sum, mean);
+    }
+    return __fdiv_rn(sum, float(n));
 }
 
 /* Mean of the first n rows (0: zeros), n <= ROWS. */
 template <typename T, int ROWS>
 __device__ __forceinline__ void mean_rows(const Rows<T> &rows, int n, float (&out)[8])
 {
-    if (n >= ROWS && rows.vectors)
-        full_mean<T, ROWS>(rows, 0, out);
-    else if (n > 0 && rows.vectors)
-        short_mean<T, ROWS>(rows, 0, n, out);
-    else if (n > 0)
-        plain_mean<T, ROWS>(rows, 0, min(n, ROWS), out);
-    else
+    n = min(n, ROWS);
+    if (n > 0 && rows.vectors && divides_exactly<ROWS>(n)) {
+        vector_sum<T, ROWS>(rows, 0, n, out);
+        divide(out, n);
+    } else if (n > 0) {
+#pragma unroll
+        for (int d = 0; d < 8; d++) out[d] = plain_mean(rows.at + d, rows.stride, ROWS, n);
+    } else {
         clear(out);
+    }
 }
 
 }  // namespace lf

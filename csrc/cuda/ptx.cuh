@@ -115,6 +115,12 @@ __device__ __forceinline__ uint4 load_streaming(const uint4 *from)
     return x;
 }
 
+/* prefetch.global.L2 of the 128 bytes around an address. */
+__device__ __forceinline__ void prefetch_l2(const void *at)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 /* ex2.approx: 2^x to about 2 ulp, below 2^-126 zero; exp2f() takes two instructions more. */
 __device__ __forceinline__ float ex2_approx_ftz(float x)
 {

@@ -89,7 +89,7 @@ int64_t lay_out(Selection &s, char *memory)
 bool allows_vectors(const lf_tensor &x, int64_t size)
 {
     return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch * size % 16 == 0 &&
-           x.token * size % 16 == 0 && x.head * size % 16 == 0;
+           x.token * size % 16 == 0 && x.head * size % 16 == 0 && x.token < MOST_STRIDE;
 }
 
 // ---- the variants that exist

@@ -119,7 +119,7 @@ __device__ __forceinline__ void for_each(const V *values, int n, F &&f)
 }
 
 /* Turns the scores into sort keys in place, 0 for blocks that are no candidates, and leaves each
- * warp's smallest (but 0) and largest in shared.low and high; clears the bins. Ends with a
+ * warp's smallest (but 0), less 1, and largest in shared.low and high; clears the bins. Ends with a
  * barrier. */
 __device__ __forceinline__ void make_keys(const Selection &s, const float *scores,
                                           const uint32_t *frames, bool by_frame, uint32_t *keys,
@@ -130,12 +130,12 @@ __device__ __forceinline__ void make_keys(const Selection &s, const float *score
     for_each(scores, s.blocks, [&](int j, float score) {
         const uint32_t key = by_frame && !frames[j / s.frame_blocks] ? 0 : sort_key(score);
         keys[j] = key;
-        low = min(low, key - 1);  // 0 becomes the largest
+        low = min(low, key - 1);  // 0, no candidate, becomes the largest
         high = max(high, key);
     });
     low = __reduce_min_sync(~0u, low);
     high = __reduce_max_sync(~0u, high);
-    if (lane == 0) shared.low[warp] = low + 1, shared.high[warp] = high;
+    if (lane == 0) shared.low[warp] = low, shared.high[warp] = high;
     for (int i = threadIdx.x; i < ROUNDS * BINS / 4; i += CUT_THREADS)
         reinterpret_cast<uint4 *>(shared.bins)[i] = make_uint4(0, 0, 0, 0);
     cut_sync();
@@ -181,6 +181,7 @@ __device__ __forceinline__ Cut find_cut(const uint32_t *keys, int n, uint32_t ke
         low = min(low, shared.low[i]);
         high = max(high, shared.high[i]);
     }
+    low++;  // not before: a warp without a candidate has the largest number there is
 
     // It is in [low, high]: cut that into at most 256 bins, take its bin.
 #pragma unroll 1

@@ -50,76 +50,66 @@ __host__ __device__ inline int q_unit_blocks(int block_parts)
 
 constexpr int POOL_PARTS = 32;  // parts of a unit at most: 128 rows by 4
 
-template <typename T, int PART>
-__device__ __forceinline__ void pool_q_blocks(const Selection &s, int bh, int unit, float *shared,
-                                              int *tokens)
-{
-    const int dim = s.dim, slot = threadIdx.y, octet = threadIdx.x;
-    const int per_unit = q_unit_blocks(s.block_parts), first = unit * per_unit;
-    const int here = min(per_unit, s.q_blocks - first), parts = here * s.block_parts;
+/* Parts are numbered over the blocks of a (batch, head): part i of block b is b * per_block + i,
+ * per_block being block_parts for the queries and 4 for the keys. */
+struct Unit {
+    bool queries;
+    int first, count;  // parts
+    int per_block;
+};
 
-    for (int i = slot; i < parts; i += 8) {
-        const int block = per_unit > 1 ? i / s.block_parts : 0;
-        int row;
-        const int n = part_rows(s, first + block, i - block * s.block_parts, &row);
-        float mean[8];
-        mean_rows<T, PART>(rows_of<T>(s.p.q, s, bh, row, octet, s.q_vectors), n, mean);
-        store_octet(shared + i * dim + octet * 8, mean);
-        if (octet == 0) tokens[i] = n;
+__device__ __forceinline__ Unit unit_of(const Selection &s, int number, int q_units)
+{
+    if (number >= q_units) return {false, (number - q_units) * 8, 8, 4};
+    const int parts = s.p.score == LF_SCORE_MEAN ? q_unit_blocks(s.block_parts) * s.block_parts : 8;
+    return {true, number * parts, parts, s.block_parts};
+}
+
+/* The rows of a part, and in *n how many (below 1: none). */
+template <typename T>
+__device__ __forceinline__ Rows<T> rows_of_part(const Selection &s, const Unit &u, int bh, int part,
+                                                int octet, int *n)
+{
+    const int block = part / u.per_block, i = part - block * u.per_block;
+    int row;
+    *n = 0;
+    if (u.queries) {
+        if (block < s.q_blocks) *n = part_rows(s, block, i, &row);
+        return rows_of<T>(s.p.q, s, bh, row, octet, s.q_vectors);
     }
-    __syncthreads();
-    const int d = slot * (dim / 8) + octet;  // as many threads as elements
-    for (int block = 0; block < here; block++)
-        combine(shared + block * s.block_parts * dim, s.block_parts, dim, d,
-                tokens + block * s.block_parts,
-                s.q_means + (int64_t(bh) * s.q_blocks + first + block) * dim + d);
+    const int frame = block / s.frame_blocks;
+    if (frame < s.new_frames) *n = key_part_tokens(s, block - frame * s.frame_blocks, i, &row);
+    const int64_t token = (s.p.means_frames + frame) * s.p.frame_tokens + row;
+    return rows_of<T>(s.p.k, s, bh, token, octet, s.k_vectors);
 }
 
-template <typename T, int PART>
-__device__ __forceinline__ void pool_k_blocks(const Selection &s, int bh, int unit, float *shared,
-                                              int *tokens)
+/* Mean score: the means of the blocks of a unit from those of its parts, in shared memory. */
+__device__ __forceinline__ void store_blocks(const Selection &s, const Unit &u, int bh,
+                                             const float *parts, const int *tokens)
 {
-    const int dim = s.dim, blocks = s.new_frames * s.frame_blocks;
-    const int slot = threadIdx.y, octet = threadIdx.x;
-    const int block = unit * 2 + slot / 4, frame = block / s.frame_blocks;
-    int start;
-    int n = key_part_tokens(s, block % s.frame_blocks, slot % 4, &start);
-    if (block >= blocks) n = 0;
-
-    const int64_t token = (s.p.means_frames + frame) * s.p.frame_tokens + start;
-    float mean[8];
-    mean_rows<T, PART>(rows_of<T>(s.p.k, s, bh, token, octet, s.k_vectors), n, mean);
-    store_octet(shared + slot * dim + octet * 8, mean);
-    if (octet == 0) tokens[slot] = n;
-    __syncthreads();
-    const int d = slot * (dim / 8) + octet;  // as many threads as elements
-#pragma unroll
-    for (int which = 0; which < 2; which++)
-        combine(shared + which * 4 * dim, 4, dim, d, tokens + which * 4,
-                new_mean(s, bh, unit * 2 + which) + d);
+    const int d = threadIdx.y * (s.dim / 8) + threadIdx.x;  // as many threads as elements
+    for (int at = 0; at < u.count; at += u.per_block) {
+        const int block = (u.first + at) / u.per_block;
+        float *to = u.queries ? s.q_means + (int64_t(bh) * s.q_blocks + block) * s.dim
+                              : new_mean(s, bh, block);
+        combine(parts + at * s.dim, u.per_block, s.dim, d, tokens + at, to + d);
+    }
 }
 
-/* A tile of 8 query parts, split for the tensor cores; parts that do not exist are zeros. */
-template <typename T, int PART>
-__device__ __forceinline__ void pool_q_parts(const Selection &s, int bh, int unit, int octets)
+/* Scores mass, lse: a row of a tile of 8 query parts, split for the tensor cores; a part that does
+ * not exist is zeros. */
+__device__ __forceinline__ void store_q_part(const Selection &s, int bh, int part, int octet,
+                                             int octets, const float (&mean)[8])
 {
-    const int slot = threadIdx.y, octet = threadIdx.x;
-    const int a = unit * 8 + slot;
-    int row = 0, n = 0;
-    if (a < s.q_parts && octet * 8 < s.dim)
-        n = part_rows(s, a / s.block_parts, a % s.block_parts, &row);
-
-    float mean[8];
-    mean_rows<T, PART>(rows_of<T>(s.p.q, s, bh, row, octet, s.q_vectors), n, mean);
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(mean[i]));
     for (int step = octets / 2; step > 0; step /= 2)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    const int e = split_exponent(largest);
+    const int e = split_exponent(largest), slot = part % 8;
     const SplitOctet x = split(mean, power_of_two(-e));
 
-    const int64_t tile = int64_t(bh) * s.q_tiles + unit;
+    const int64_t tile = int64_t(bh) * s.q_tiles + part / 8;
     uint4 *to = s.q_split + tile * (octets * 12);
     const int lane = slot * 4 + octet % 4, step = octet / 4;
     to[step * 32 + lane] = make_uint4(x.hi[0], x.hi[1], x.hi[2], x.hi[3]);
@@ -128,26 +118,32 @@ __device__ __forceinline__ void pool_q_parts(const Selection &s, int bh, int uni
     if (octet == 0) s.q_factor[tile * 8 + slot] = float(s.p.scale) * power_of_two(e);
 }
 
-template <typename T, int PART>
-__device__ __forceinline__ void pool_k_parts(const Selection &s, int bh, int unit, int octets)
+__device__ __forceinline__ void store_k_part(const Selection &s, int bh, int part, int octet,
+                                             const float (&mean)[8])
 {
-    const int slot = threadIdx.y, octet = threadIdx.x;
-    const int block = unit * 2 + slot / 4, frame = block / s.frame_blocks;
-    const int b = block % s.frame_blocks, i = slot % 4;
-    int start;
-    const int n = key_part_tokens(s, b, i, &start);
-    if (frame >= s.new_frames || n <= 0 || octet * 8 >= s.dim) return;
-
-    const int64_t token = (s.p.means_frames + frame) * s.p.frame_tokens + start;
-    float mean[8];
-    mean_rows<T, PART>(rows_of<T>(s.p.k, s, bh, token, octet, s.k_vectors), n, mean);
-    float *to = new_mean(s, bh, frame * s.frame_parts + 4 * b + i) + octet * 8;
+    const int frame = part / (4 * s.frame_blocks), i = part - frame * 4 * s.frame_blocks;
+    float *to = new_mean(s, bh, frame * s.frame_parts + i) + octet * 8;
     if (s.new_vectors) {
         store_octet(to, mean);
     } else {
 #pragma unroll
         for (int d = 0; d < 8; d++) to[d] = mean[d];
     }
+}
+
+/* Asks for the given means of this (batch, head), which the next kernel reads: their latency hides
+ * behind this one, and DRAM has nothing else to do while q and k come from L2. Four threads take a
+ * row of up to 128 elements. */
+__device__ __forceinline__ void prefetch_given_means(const Selection &s, int bh)
+{
+    const int of_frame = s.p.score == LF_SCORE_MEAN ? s.frame_blocks : s.frame_parts;
+    const int all = int(s.p.means_frames) * of_frame, per = (blockDim.x + 3) / 4;
+    const int first = (blockIdx.y * blockDim.y + threadIdx.y) * per + threadIdx.x / 4;
+#pragma unroll 1
+    for (int row = first; row < all; row += gridDim.y * blockDim.y * per)
+#pragma unroll 1
+        for (int d = threadIdx.x % 4 * 32; d < s.dim; d += 128)
+            prefetch_l2(given_mean(s, bh, row) + d);
 }
 
 // 64 registers let an SM hold every thread of a call of 4680 + 4680 rows; where a row takes more
@@ -161,21 +157,29 @@ __global__ void __launch_bounds__(256, (POOL_RESIDENT<T, PART>))
 {
     extern __shared__ float4 pool_shared[];  // [parts of a unit][D] float, mean only
     __shared__ int tokens[POOL_PARTS];
-    const int bh = blockIdx.x, unit = blockIdx.y;
+    const int bh = blockIdx.x, octet = threadIdx.x;
+    const Unit u = unit_of(s, blockIdx.y, q_units);
     float *shared = reinterpret_cast<float *>(pool_shared);
 
     grid_launch_dependents();
-    if (s.p.score == LF_SCORE_MEAN) {
-        if (unit < q_units)
-            pool_q_blocks<T, PART>(s, bh, unit, shared, tokens);
-        else
-            pool_k_blocks<T, PART>(s, bh, unit - q_units, shared, tokens);
-    } else {
-        if (unit < q_units)
-            pool_q_parts<T, PART>(s, bh, unit, octets);
-        else
-            pool_k_parts<T, PART>(s, bh, unit - q_units, octets);
+    prefetch_given_means(s, bh);
+    for (int i = threadIdx.y; i < u.count; i += 8) {
+        int n;
+        float mean[8];
+        const Rows<T> rows = rows_of_part<T>(s, u, bh, u.first + i, octet, &n);
+        mean_rows<T, PART>(rows, octet * 8 < s.dim ? n : 0, mean);
+        if (s.p.score == LF_SCORE_MEAN) {
+            store_octet(shared + i * s.dim + octet * 8, mean);
+            if (octet == 0) tokens[i] = n;
+        } else if (u.queries) {
+            store_q_part(s, bh, u.first + i, octet, octets, mean);
+        } else if (n > 0 && octet * 8 < s.dim) {
+            store_k_part(s, bh, u.first + i, octet, mean);
+        }
     }
+    if (s.p.score != LF_SCORE_MEAN) return;
+    __syncthreads();
+    store_blocks(s, u, bh, shared, tokens);
 }
 
 }  // namespace lf
