@@ -175,6 +175,23 @@ __device__ __forceinline__ void multiply(const KeyOperands<DIM> &keys, const uin
             x[i % 2][2 * m + i / 2] = fmaf(__int_as_float(cross[m][i]), SPLIT_CROSS, sum[m][i]);
 }
 
+/* Out of line: beside the keys' operands there is no register for it. */
+__device__ __noinline__ float rare_log_sum_exp(float4 x, const float4 *tokens, float q_factor,
+                                               float k_factor)
+{
+    return odd_log_sum_exp({x.x, x.y, x.z, x.w}, *tokens, q_factor, k_factor);
+}
+
+/* log sum_b n_b exp(x[b] * factors), of any logits. */
+__device__ __forceinline__ float pair_log_sum_exp(const float (&x)[4], const float4 *tokens,
+                                                  float q_factor, float k_factor)
+{
+    bool odd;
+    const float y = log_sum_exp(x, *tokens, q_factor * k_factor, 0.0f, &odd);
+    if (!odd) return y;
+    return rare_log_sum_exp(make_float4(x[0], x[1], x[2], x[3]), tokens, q_factor, k_factor);
+}
+
 template <int DIM>
 __global__ void __launch_bounds__(PAIR_THREADS, 1)
     pair_kernel(const __grid_constant__ Selection s, int key_chunks, int ranges)
@@ -190,10 +207,8 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
     const int64_t tile0 = int64_t(bh) * tiles;
     const int own = warp / 2 * 8 + lane / 4, j = chunk * PAIR_BLOCKS + own;
 
-    auto fetch = [&](int tile) {
-        if (tile < last)
-            fetch_tiles(s, tile0 + tile, min(PAIR_TILES, last - tile), shared,
-                        (tile - first) / PAIR_TILES % PAIR_STAGES);
+    auto fetch = [&](int tile, int stage) {
+        if (tile < last) fetch_tiles(s, tile0 + tile, min(PAIR_TILES, last - tile), shared, stage);
         cp_async_commit_group();
     };
 
@@ -205,14 +220,14 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
     if (reads_new) grid_dependency_wait();
     load_keys(s, bh, min(j, s.blocks - 1), keys, &shared.tokens[own]);
     grid_dependency_wait();
-    fetch(first);
-    fetch(first + PAIR_TILES);
+    fetch(first, 0);
+    fetch(first + PAIR_TILES, 1);
 
+    int stage = 0;
     for (int at = first; at < last; at += PAIR_TILES) {
-        const int stage = (at - first) / PAIR_TILES % PAIR_STAGES;
         cp_async_wait_group<1>();
         __syncthreads();
-        fetch(at + 2 * PAIR_TILES);
+        fetch(at + 2 * PAIR_TILES, (stage + 2) % PAIR_STAGES);
 
         const int here = min(PAIR_TILES, last - at);
 #pragma unroll 1
@@ -221,19 +236,15 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1)
             multiply(keys, &shared.tiles[stage][i * SPLIT_TILE<DIM>], lane, x);
             const float2 q_factor =
                 *reinterpret_cast<const float2 *>(&shared.factors[stage][i * 8 + lane % 4 * 2]);
-            const float4 n = shared.tokens[own];
+            const float4 *tokens = &shared.tokens[own];
             const int a = (at + i) * 8 + lane % 4 * 2;
-            bool odd0, odd1;
-            float y0 = log_sum_exp(x[0], n, q_factor.x * keys.factor, 0.0f, &odd0);
-            float y1 = log_sum_exp(x[1], n, q_factor.y * keys.factor, 0.0f, &odd1);
-            if (odd0 || odd1) {
-                if (odd0) y0 = odd_log_sum_exp(x[0], n, q_factor.x, keys.factor);
-                if (odd1) y1 = odd_log_sum_exp(x[1], n, q_factor.y, keys.factor);
-            }
+            const float y0 = pair_log_sum_exp(x[0], tokens, q_factor.x, keys.factor);
+            const float y1 = pair_log_sum_exp(x[1], tokens, q_factor.y, keys.factor);
             float *to = s.logits + (int64_t(bh) * s.q_parts + a) * s.padded_blocks + j;
             if (j < s.blocks && a < s.q_parts) to[0] = y0;
             if (j < s.blocks && a + 1 < s.q_parts) to[s.padded_blocks] = y1;
         }
+        stage = (stage + 1) % PAIR_STAGES;
     }
 }
 
