@@ -31,7 +31,7 @@ NUMPY = {  # the oldest NumPy that people pin for that Python, and the newest th
     "3.12": ("numpy==1.26.*", "numpy"),
     "3.13": ("numpy==2.1.*", "numpy"),
 }
-TORCH = ("3.11", "numpy", "torch==2.13.0")  # the one row with torch
+TORCH = ("3.11", "numpy", "torch==2.13.0", "safetensors")  # the one row with torch
 IMPORT_LIMIT_MS = 20.0
 SIZE_LIMIT_MB = 15.0
 
@@ -65,6 +65,8 @@ if sys.argv[1] == "torch":
     half = lf.attention(*(torch.from_numpy(x).bfloat16() for x in (q, k, v)),
                         frame_tokens=T, sparsity=0.5)
     assert half.dtype == torch.bfloat16 and bool(half.isfinite().all())
+    from lightforcing.world import load_world
+    assert sum(p.numel() for p in load_world().parameters()) > 1e6  # the weights are in the wheel
 for command in ("info", "doctor", "explain"):
     done = subprocess.run([sys.executable, "-m", "lightforcing", command, "--json"],
                           capture_output=True, text=True)
@@ -176,7 +178,7 @@ def matrix(pythons, wheel):
 
 def line(row):
     """One line of the table."""
-    start = f"{row['python']:7} {row['asked']:24} {row.get('numpy', '-'):8} {row.get('isa', '-'):7}"
+    start = f"{row['python']:7} {row['asked']:32} {row.get('numpy', '-'):8} {row.get('isa', '-'):7}"
     cost = f"{row['import_ms']:6.1f} ms" if "import_ms" in row else "        -"
     end = "ok" if row["ok"] else "FAILED " + row.get("error", "").strip().splitlines()[-1]
     return f"{start} {cost}  {end}"
@@ -202,7 +204,7 @@ def main():
         pythons = {run(p, "-c", ASK_VERSION).strip(): p for p in options.python}
     else:
         pythons = {v: find_python(v) for v in NUMPY}
-    columns = f"{'python':7} {'installed beside it':24} {'numpy':8} {'isa':7} {'import':>9}"
+    columns = f"{'python':7} {'installed beside it':32} {'numpy':8} {'isa':7} {'import':>9}"
     print(columns)
     rows = matrix(pythons, wheel)
     text = [
