@@ -9,7 +9,8 @@
  * and two 8-bit products (split.cuh). The columns are dealt so that a thread gets all the parts of
  * a key block. While a warpgroup turns products into log-sum-exps, the tensor cores have the units
  * of the other two. At 12 heads, 4680 rows and 525 blocks, on an H100: the products alone would
- * take 4.1 us, the exponentials 2.7; the units took 9.3, reading and splitting the keys 4 before. */
+ * take 4.1 us, the exponentials 2.7; the units took 9.3, reading and splitting the keys 4 before.
+ */
 #include "kernels.h"
 #include "select.cuh"
 #include "select_lse.cuh"
