@@ -15,6 +15,13 @@ using namespace lf;
 
 constexpr int WARPS = 8;
 constexpr int COLUMNS = 64;  // of a warp
+/* Thread blocks of an SM, 0: as many as there are registers for. Left to itself the compiler gives
+ * Blackwell 48 registers a thread and spills. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int RESIDENT = 2;
+#else
+constexpr int RESIDENT = 0;
+#endif
 
 struct Plan {
     uint32_t items, pieces, heads, blocks, frame_blocks;  // warps; of them a head; blocks of (b, h)
@@ -37,7 +44,7 @@ __device__ __forceinline__ void quarter_mean(const Rows<T> &rows, int part, int 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(32 * WARPS)
+__global__ void __launch_bounds__(32 * WARPS, RESIDENT)
     compress_kernel(const __grid_constant__ lf_compress_params p, const __grid_constant__ Plan plan)
 {
     const uint32_t item = blockIdx.x * WARPS + threadIdx.x / 32;

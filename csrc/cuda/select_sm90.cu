@@ -255,8 +255,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int tiles = (s.q_parts + TILE - 1) / TILE;
     const int first = tiles * range / ranges;  // both below 2^16: see launch_pairs_sm90()
     const int units = (tiles * (range + 1) / ranges - first) * SLICES;
-    int u = units * group / GROUPS, tile = u / SLICES, slice = u % SLICES;
-    const int last = units * (group + 1) / GROUPS;
+    const int u = units * group / GROUPS;
+    int left = units * (group + 1) / GROUPS - u, tile = first + u / SLICES, slice = u % SLICES;
 
     // The keys: given means may be read before the pooling kernel is done, new ones and queries may
     // not.
@@ -280,9 +280,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     Queries<DIM> q;
     float factor[2];
-    load_queries(s, bh, first + tile, q);
+    load_queries(s, bh, tile, q);
     bool fresh = true;
-    for (; u < last; u++) {
+    for (; left > 0; left--) {
         float sum[32];
         int cross[32];
         if (fresh) {
@@ -291,13 +291,13 @@ __global__ void __launch_bounds__(THREADS, 1)
         }
         multiply(q, keys, slice, sum, cross);
 
-        const int a = (first + tile) * TILE + threadIdx.x % 128 / 32 * 16 + lane / 4;
+        const int a = tile * TILE + threadIdx.x % 128 / 32 * 16 + lane / 4;
         const int at = slice * SLICE_BLOCKS + lane % 4 * 4;
         fresh = ++slice == SLICES;
         if (fresh) {
             slice = 0;
             tile++;
-            if (u + 1 < last) load_queries(s, bh, first + tile, q);
+            if (left > 1) load_queries(s, bh, tile, q);
         }
         finish(s, keys, bh, a, chunk * CHUNK + at, at, factor, sum, cross);
     }
