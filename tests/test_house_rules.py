@@ -311,3 +311,13 @@ def test_import_costs_little_beyond_numpy():
 def test_import_brings_no_torch():
     program = "import sys, lightforcing; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git to read a patch")
+def test_seeded_faults_apply_to_the_tree():
+    patches = sorted((TESTS / "mutants").rglob("*.patch"))
+    assert len(patches) >= 25
+    for patch in patches:
+        check = ["git", "apply", "--check", patch]
+        done = subprocess.run(check, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
