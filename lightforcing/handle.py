@@ -254,7 +254,9 @@ class Handle:
         blocks, density = self._choose(visit, decision, q, k)
         out = ops.block_sparse_attention(q, k, v, blocks, return_lse=config.probe > 0)
         out, lse = out if config.probe else (out, None)
-        return (out if back is None else back(out)), lse, density
+        if back is not None:
+            out, lse = back(out, 1), None if lse is None else back(lse, 2)
+        return out, lse, density
 
     def _choose(self, visit, decision, q, k):
         """The list of such a call, and its share of the blocks."""

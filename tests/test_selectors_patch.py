@@ -275,6 +275,15 @@ def test_a_layout_moves_tokens_and_brings_them_back(order, layout, seen):
     assert torch.equal(moved, plain[0][1].unflatten(1, (-1, T))[:, :3][:, :, rank])
 
 
+@pytest.mark.parametrize("order", ["raster", "morton"])
+@pytest.mark.parametrize("layout", ["tiles", "raster"])
+def test_a_full_list_recalls_everything_in_any_layout(order, layout):
+    _, handle = run(selector="dense", layout=layout, token_order=order, probe=8)
+    stats = handle.stats()
+    assert stats["recall"] == pytest.approx(1, abs=1e-5)
+    assert stats["recall_p5"] == pytest.approx(1, abs=1e-5)
+
+
 class Told(Counting):
     """Remembers what it was told."""
 

@@ -112,20 +112,22 @@ def layout(config, visit, *tensors: Any):
     """The tensors with each frame's tokens in the layout of the settings, and the way back.
 
     Returns:
-        The tensors, and a function from ``[B, L, H, D]`` in that layout to the model's own; the
-        tensors themselves and None where nothing moves.
+        The tensors, and a function that brings what has L tokens in that layout, in the dimension
+        given as its second argument, to the model's own; the tensors themselves and None where
+        nothing moves.
     """
     target = {"tiles": "morton"}.get(config.layout, config.layout)
     order = config.token_order or visit.call.order
     if target is None or target == order:
         return tensors, None
     there, back = _permutation(grid_of(config, visit), order, target, tensors[0].device)
-    moved = tuple(_move(x, there) for x in tensors)
-    return moved, lambda x: _move(x, back)
+    moved = tuple(_move(x, there, 1) for x in tensors)
+    return moved, lambda x, dim: _move(x, back, dim)
 
 
-def _move(x, order):
-    return x.unflatten(1, (-1, len(order)))[:, :, order].flatten(1, 2)
+def _move(x, order, dim):
+    frames = x.unflatten(dim, (-1, len(order)))
+    return frames.index_select(dim + 1, order).flatten(dim, dim + 1)
 
 
 @lru_cache(maxsize=32)
