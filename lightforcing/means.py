@@ -14,9 +14,11 @@ holds, else the past is pooled again:
 
 Tensors of inference mode have no version counter and are pooled in every call. A CUDA graph reads
 only means that it pools itself, so that it may be replayed at any time; and since replays write
-keys without counting, keys that a graph was captured with are pooled in every later eager call.
+keys without counting, keys that a graph was captured with are pooled in every later eager call, of
+any handle and after any reset: a graph outlives both.
 """
 
+import threading
 import weakref
 from collections import OrderedDict
 
@@ -25,6 +27,21 @@ import torch
 from . import ops
 
 BUFFERS = 4  # key tensors remembered a layer: two caches of guidance, and two rollouts
+
+_captured = {}  # by id, weakly: key tensors that some graph was captured with
+_lock = threading.Lock()
+
+
+def _capture(keys):
+    with _lock:
+        for i in [i for i, ref in _captured.items() if ref() is None]:
+            del _captured[i]
+        _captured[id(keys)] = weakref.ref(keys)
+
+
+def _is_captured(keys):
+    ref = _captured.get(id(keys))
+    return ref is not None and ref() is keys
 
 
 class _Entry:
@@ -46,7 +63,6 @@ class KeyMeans:
         """Empty."""
         self.entries = OrderedDict()
         self.capture = 0  # the graph that the last call was captured for
-        self.captured = {}  # by id, weakly: key tensors that some graph was captured with
 
     @property
     def nbytes(self):
@@ -69,11 +85,9 @@ class KeyMeans:
         if keys is None or not visit.address:
             return None
         if visit.capture != self.capture or visit.capture:
-            self._captured(visit)
-        if self.captured and not visit.capture:
-            known = self.captured.get(id(keys))
-            if known is not None and known() is keys:
-                return None
+            self._change(visit)
+        if _captured and not visit.capture and _is_captured(keys):
+            return None
         seen = keys._version
         key = visit.address, decision.keys
         entry = self.entries.pop(key, None)
@@ -106,14 +120,13 @@ class KeyMeans:
             self.entries.popitem(last=False)
         return entry
 
-    def _captured(self, visit):
+    def _change(self, visit):
         """Another graph is captured, or none any more: what the last one pooled is its own."""
         if visit.capture != self.capture:
             self.capture = visit.capture
             self.entries.clear()
         if visit.capture:
-            self.captured = {i: ref for i, ref in self.captured.items() if ref() is not None}
-            self.captured[id(visit.keys)] = weakref.ref(visit.keys)
+            _capture(visit.keys)
 
     def pool(self, visit, k, decision):
         """Means of all frames of ``k``, float32 ``[B, F*ceil(T/block), H, D]``, or None.

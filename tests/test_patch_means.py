@@ -407,3 +407,28 @@ def test_a_graph_pools_what_it_reads(guard, one_layer, monkeypatch):
         other = ar.new_cache(one_layer)
         ar.rollout(one_layer, 3, cache=other)
         assert guard.pooled[9:] == [6, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("forget", ["reset", "update", "patch"])
+def test_captured_keys_stay_known(guard, one_layer, monkeypatch, forget):
+    """The graph lives on: its replays write keys after a reset too, and no version tells."""
+    facts, graph = _core.facts, [0]
+    monkeypatch.setattr(_core, "facts", lambda *a: (*facts(*a)[:2], graph[0]))
+    cache = ar.new_cache(one_layer)
+    handle = lf.patch(one_layer, "fast", **SMALL)
+    ar.rollout(one_layer, 3, cache=cache)
+    graph[0] = 7
+    forward(one_layer, cache, 9)
+    graph[0] = 0
+    if forget == "reset":
+        handle.reset()
+    elif forget == "update":
+        handle.update(handle.config.replace(probe=4))
+    else:
+        handle.unpatch()
+        handle = lf.patch(one_layer, "fast", **SMALL)
+    forward(one_layer, cache, 9)
+    cache[0]["k"].numpy()[:, : ar.T] += 1  # as a replay does: no version counts it
+    forward(one_layer, cache, 12)
+    assert guard.given[-2:] == [False, False]
+    handle.unpatch()
