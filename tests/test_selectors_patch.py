@@ -9,7 +9,7 @@ from fake_ar import nothing_is_left_behind as nothing_is_left_behind
 from small_wan import BLIND, build
 
 import lightforcing as lf
-from lightforcing import adapters, ops, reasons, selectors
+from lightforcing import _core, adapters, ops, reasons, selectors
 from lightforcing.models import Rollout
 from lightforcing.selectors import Budget, Mass, SlidingTile, Sparge, names
 from lightforcing.step import Step
@@ -220,6 +220,20 @@ def test_two_caches_do_not_share_their_lists(seen):
             for cache in caches:
                 model(noise(3, seed=begin + step), kv_cache=cache, current_start=begin * T)
     assert set(selector.calls.values()) == {2}  # once a cache
+
+
+@pytest.mark.parametrize("selector", ["mean", None])
+def test_lists_do_not_cross_into_a_graph_or_out_of_it(selector, seen, monkeypatch):
+    facts, graph = _core.facts, [0]  # a stand-in for the stream
+    monkeypatch.setattr(_core, "facts", lambda *a: (*facts(*a)[:2], graph[0]))
+    model = make(layers=1)
+    cache = new_cache(model)
+    lf.patch(model, **SETTINGS, selector=selector, refresh=9)
+    rollout(model, chunks=1, cache=cache)
+    for graph[0] in (0, 0, 7, 7, 8, 0, 0):
+        model(noise(3), kv_cache=cache, current_start=3 * T)
+    lists = [id(blocks) for _, _, blocks in seen]
+    assert [lists.index(x) for x in lists] == [0, 0, 2, 2, 4, 5, 5]
 
 
 def test_reset_forgets_shared_lists():

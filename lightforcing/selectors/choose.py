@@ -16,7 +16,11 @@ BUFFERS = 4  # lists remembered a layer: two caches of guidance, and two rollout
 
 
 class Chooser:
-    """The lists of one handle: which selector, which budget, and which list is used again."""
+    """The lists of one handle: which selector, which budget, and which list is used again.
+
+    A list is used again only within one CUDA graph, or outside all: a graph that read a list from
+    outside would replay it for other videos, and a graph's own list is unwritten before a replay.
+    """
 
     def __init__(self):
         """Nothing remembered."""
@@ -29,7 +33,7 @@ class Chooser:
             return None
         with self._lock:
             key, step, *found = self._lists[visit.hook.layer].get(visit.call.cache, (None, 0))
-        fits = key == (visit.first_frame, q.shape, k.shape)
+        fits = key == (visit.first_frame, q.shape, k.shape, visit.capture)
         return found if fits and step < visit.step < step + config.refresh else None
 
     def keep(self, config, visit, q, k, blocks, density):
@@ -39,7 +43,7 @@ class Chooser:
         with self._lock:
             lists = self._lists[visit.hook.layer]
             lists.pop(visit.call.cache, None)
-            key = visit.first_frame, q.shape, k.shape
+            key = visit.first_frame, q.shape, k.shape, visit.capture
             lists[visit.call.cache] = key, visit.step, blocks, density
             while len(lists) > BUFFERS:
                 lists.popitem(last=False)
