@@ -44,6 +44,10 @@ QUESTIONS = {
         ("hsa cag 6/0/0", "hsa cag"),
     ],
     "Ours": [
+        ("mass cag", "mean cag"),  # the score alone
+        ("mass cag", "hsa cag"),
+        ("mass cag", "oracle cag"),
+        ("mass-fine count", "oracle cag"),
         ("mass count", "hsa cag"),
         ("mass count", "mean count"),
         ("mass count", "lse count"),
