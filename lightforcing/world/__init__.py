@@ -11,7 +11,8 @@ are gigabytes. So here is a video generator whose true continuation is known, an
         sparse = world.rollout(model, clip)
     print(world.metrics.score(sparse, clip)["bare"] - world.metrics.score(dense, clip)["bare"])
 
-``python -m lightforcing.world train|evaluate|export|render`` makes all of it anew.
+``python -m lightforcing.world train|evaluate|export|render`` trains, examines, packs and draws
+another; how the shipped weights came about stands in ``weights/weights.md``.
 """
 
 from . import metrics
