@@ -77,9 +77,10 @@ def test_kept_means_change_nothing(model, monkeypatch):
     with lf.patched(model, "fast") as handle:
         kept = video(model)
         assert handle.stats()["means_bytes"] > 0
-    monkeypatch.setattr(KeyMeans, "pool", lambda *arguments: None)
-    with lf.patched(model, "fast"):
+    monkeypatch.setattr(KeyMeans, "enter", lambda *arguments, **settings: None)
+    with lf.patched(model, "fast") as handle:
         assert torch.equal(video(model), kept)
+        assert handle.stats()["means_bytes"] == 0 and handle.stats()["sparse_calls"] == SPARSE
 
 
 def test_the_sparse_video_follows_its_own_lists(model):

@@ -14,6 +14,7 @@ import torch
 
 import lightforcing as lf
 from lightforcing import _core, ops
+from lightforcing.means import KeyMeans
 from lightforcing.step import Step
 
 SMALL = {"block_q": 16, "block_k": 16}
@@ -356,6 +357,17 @@ def test_a_cache_from_outside_under_inference_mode(guard, one_layer):
         overwrite_the_past(cache[0])
         forward(one_layer, cache, 9)
     assert guard.pooled == [6, 3, 3, 3, 3, 3, 12]
+
+
+def test_kept_means_change_nothing(guard, one_layer, monkeypatch):
+    """Pooling the past again in every call gives the same video as the kept means."""
+    with lf.patched(one_layer, "fast", **SMALL):
+        kept = ar.rollout(one_layer, 4)
+    assert guard.given == [True] * 9 and guard.pooled[-1] == 3
+    monkeypatch.setattr(KeyMeans, "enter", lambda *arguments, **settings: None)
+    with lf.patched(one_layer, "fast", **SMALL) as handle:
+        assert torch.equal(ar.rollout(one_layer, 4), kept)
+        assert handle.stats()["means_bytes"] == 0 and guard.given[9:] == [False] * 9
 
 
 def test_changed_block_size_pools_anew(guard, one_layer):
