@@ -221,7 +221,7 @@ class Handle:
             self._warn(reason, layer, chunk)
         if decision is not None:
             self._means[layer].enter(visit, k, decision, grow=False)
-        timer = Timer(q) if self.config.timing and isinstance(q, torch.Tensor) else None
+        timer = self._timer(visit, q) if isinstance(q, torch.Tensor) else None
         out = original(*args, **kwargs)
         if timer is not None:
             timer.stop()
@@ -230,15 +230,18 @@ class Handle:
         return out
 
     def _sparse(self, visit, decision, q, k, v):
-        layer, step, config = visit.hook.layer, decision.step, self.config
-        timer = Timer(q) if config.timing else None
-        density = decision.density
+        layer, step = visit.hook.layer, decision.step
+        timer = self._timer(visit, q)
+        density, captured = decision.density, visit.capture != 0
+        probed = self.config.probe > 0 and not captured
         if step is None:
-            out, lse, density = self._apart(visit, decision, q, k, v)
+            out, lse, density = self._apart(visit, decision, q, k, v, probed)
+            if captured and isinstance(density, torch.Tensor):  # unwritten before a replay
+                density = decision.density
         else:
             entry = self._means[layer].enter(visit, k, decision)
             means, held = (None, 0) if entry is None else (entry.means, entry.frames)
-            out, lse, _ = step.run(q, k, v, means, held, config.probe > 0, visit.capture != 0)
+            out, lse, _ = step.run(q, k, v, means, held, probed, captured)
             if entry is not None:
                 entry.frames = decision.frames
         if timer is not None:
@@ -247,13 +250,16 @@ class Handle:
         self.record.sparse(layer, decision, density, timer, recall)
         return out
 
-    def _apart(self, visit, decision, q, k, v):
+    def _timer(self, visit, q):
+        """The started timer of a call, or None where none is wanted or none can run."""
+        return Timer(q) if self.config.timing and not visit.capture else None
+
+    def _apart(self, visit, decision, q, k, v, probed):
         """A sparse call of several operators: another selector, layout, or kind of tensor."""
-        config = self.config
-        (q, k, v), back = layout(config, visit, q, k, v)
+        (q, k, v), back = layout(self.config, visit, q, k, v)
         blocks, density = self._choose(visit, decision, q, k)
-        out = ops.block_sparse_attention(q, k, v, blocks, return_lse=config.probe > 0)
-        out, lse = out if config.probe else (out, None)
+        out = ops.block_sparse_attention(q, k, v, blocks, return_lse=probed)
+        out, lse = out if probed else (out, None)
         if back is not None:
             out, lse = back(out, 1), None if lse is None else back(lse, 2)
         return out, lse, density

@@ -1,7 +1,8 @@
 """What happened: counters by layer and chunk, milliseconds and recall.
 
 No call waits for a device: CUDA calls are timed by events, which are read when they have ended or
-when somebody reads the figures.
+when somebody reads the figures. Calls that go into a CUDA graph are counted, neither timed nor
+probed.
 
 Recall means stay tensors until somebody reads them. Chunks past :data:`LAST_CHUNK` share one
 cell, so that an endless stream does not grow the table.
@@ -19,14 +20,15 @@ class Cell:
     """Sums over the calls of one layer in one chunk."""
 
     __slots__ = (
-        "calls", "sparse_calls", "pairs", "kept_pairs", "sparsity", "keep_frames", "dense",
-        "dense_seconds", "sparse_seconds", "recall", "recall_low", "recalled",
+        "calls", "sparse_calls", "pairs", "kept_pairs", "kept_on_device", "sparsity", "keep_frames",
+        "dense", "dense_seconds", "sparse_seconds", "recall", "recall_low", "recalled",
     )  # fmt: skip
 
     def __init__(self):
         """All zero."""
         self.calls = self.sparse_calls = self.recalled = 0
         self.pairs = self.kept_pairs = 0  # query-key pairs a head: resident, computed
+        self.kept_on_device = 0  # of the computed, what only the device knows: no graph adds to it
         self.sparsity = None  # of the schedule, at the last sparse call
         self.keep_frames = 0  # the most that a call had to raise it to
         self.dense = Counter()
@@ -35,8 +37,9 @@ class Cell:
 
     def add(self, other):
         """Sum in another cell."""
-        for name in ("calls", "sparse_calls", "pairs", "kept_pairs", "dense_seconds",
-                     "sparse_seconds", "recall", "recall_low", "recalled"):  # fmt: skip
+        for name in ("calls", "sparse_calls", "pairs", "kept_pairs", "kept_on_device",
+                     "dense_seconds", "sparse_seconds", "recall", "recall_low",
+                     "recalled"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.sparsity is not None:
             self.sparsity = other.sparsity
@@ -45,11 +48,12 @@ class Cell:
 
     def to_dict(self, timing=False):
         """JSON-ready; density, ms and recall are None where nothing was measured."""
+        kept = self.kept_pairs + float(self.kept_on_device)
         values = {
             "calls": self.calls,
             "sparse_calls": self.sparse_calls,
             "sparsity": self.sparsity,
-            "density": float(self.kept_pairs) / self.pairs if self.pairs else None,
+            "density": kept / self.pairs if self.pairs else None,
             "dense": dict(self.dense),
             "recall": float(self.recall) / self.recalled if self.recalled else None,
             "recall_p5": float(self.recall_low) / self.recalled if self.recalled else None,
@@ -65,7 +69,10 @@ class Cell:
 
 
 class Timer:
-    """Seconds of one call: the host's clock on the CPU, two events on a CUDA stream."""
+    """Seconds of one call: the host's clock on the CPU, two events on a CUDA stream.
+
+    Neither on a stream that is captured: its events hold no time, and to ask them is an error.
+    """
 
     def __init__(self, x):
         """Starts now; the device of ``x``, the query, decides how."""
@@ -74,6 +81,8 @@ class Timer:
         if x.is_cuda:
             import torch
 
+            if torch.cuda.is_current_stream_capturing():
+                return
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._stream = torch.cuda.current_stream(x.device)
             self.events[0].record(self._stream)
@@ -128,7 +137,10 @@ class Record:
             cell.sparse_calls += 1
             cell.sparsity = call.sparsity
             cell.pairs += call.pairs
-            cell.kept_pairs += call.pairs * density
+            if isinstance(density, (int, float)):
+                cell.kept_pairs += call.pairs * density
+            else:
+                cell.kept_on_device = cell.kept_on_device + call.pairs * density
             if call.raised > cell.keep_frames:
                 cell.keep_frames = call.raised
             if timer is not None:

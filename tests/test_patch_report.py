@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import lightforcing as lf
-from lightforcing import report, stats
+from lightforcing import _core, report, stats
+from lightforcing import handle as handle_module
 from lightforcing.decide import Decision
 from lightforcing.step import Step
 
@@ -265,3 +266,36 @@ def test_probe_of_a_whole_selection_is_one(model):
     with lf.patched(model, sparsity=0.09, law="constant", probe=16, **SMALL) as handle:
         ar.rollout(model, 3)
     assert handle.stats()["sparse_calls"] > 0 and handle.stats()["recall"] > 0.9
+
+
+@pytest.mark.parametrize("dense_layers", [(), (0,)])
+def test_a_captured_call_is_counted_and_not_measured(model, monkeypatch, dense_layers):
+    """In a CUDA graph an event holds no time and a probe would run with every replay."""
+    facts, graph = _core.facts, [0]  # a stand-in for the stream
+    monkeypatch.setattr(_core, "facts", lambda *a: (*facts(*a)[:2], graph[0]))
+    cache, made = ar.new_cache(model), []
+    monkeypatch.setattr(handle_module, "Timer", lambda q: made.append(q) or stats.Timer(q))
+    with lf.patched(
+        model, "fast", timing=True, probe=8, dense_layers=dense_layers, **SMALL
+    ) as handle:
+        ar.rollout(model, 2, cache=cache)
+        before, timed = handle.stats(), len(made)
+        graph[0] = 7
+        model(ar.noise(3), kv_cache=cache, current_start=6 * ar.T)
+        after = handle.stats()
+        assert after["calls"] == before["calls"] + 2 and len(made) == timed == 12
+        assert after["chunks"][2]["recall"] is None and after["chunks"][2]["ms"] == 0
+        graph[0] = 0
+        model(ar.noise(3), kv_cache=cache, current_start=6 * ar.T)
+        assert handle.stats()["chunks"][2]["recall"] > 0 and len(made) == timed + 2
+
+
+def test_what_the_device_keeps_is_summed_apart():
+    """A captured call adds numbers only: a sum on the device would go into its graph."""
+    record, call = stats.Record(), Decision(20, 3, 3, 3, 3, None, 100)
+    record.sparse(0, call, torch.tensor([0.25]), None, None)
+    record.sparse(0, call, 0.5, None, None)
+    record.dense(0, call.chunk, "a reason", 100)
+    (cell,) = record.cells.values()
+    assert cell.kept_pairs == 150 and type(cell.kept_pairs) is float
+    assert cell.to_dict()["density"] == stats.total([cell]).to_dict()["density"] == 175 / 300
