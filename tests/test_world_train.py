@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -182,6 +183,9 @@ def test_export_evaluate_and_render(run, tmp_path, capsys):
     out = str(tmp_path / "export")
     sizes = ["--view", "32", "--clips", "2", "--device", "cpu"]
     assert command.main(["export", "--folder", str(run), "--out", out, *sizes]) == 1  # untrained
+    (failed,) = tmp_path.iterdir()
+    assert f"the failed export is in {failed}" in capsys.readouterr().err
+    failed.rename(out)
     card = world.card(out)
     assert card["run"]["steps"] == 6 and card["run"]["finished"]
     assert [c["from_step"] for c in card["run"]["commands"]] == [0, 3]
@@ -202,6 +206,30 @@ def test_export_evaluate_and_render(run, tmp_path, capsys):
     names = {p.name for p in (tmp_path / "pictures").iterdir()}
     assert names == {"contact-sheet.png", "video.gif", "video.mp4"}
     assert "dB" in capsys.readouterr().out
+
+
+def test_an_export_replaces_nothing_before_its_gates_hold(run, tmp_path, monkeypatch, capsys):
+    folder, shipped = tmp_path / "run", weights.FOLDER / weights.FILE
+    shutil.copytree(run, folder)
+    before, arguments = shipped.read_bytes(), ["export", "--folder", str(folder)]
+    (folder / "export").mkdir()
+    old = folder / "export" / weights.FILE
+    old.write_text("old")
+    result = {"view": 32, "clips": 2, "gates": [], "rows": {}}
+    monkeypatch.setattr(command, "_examined", lambda *_: [result | {"ok": False}])
+    assert command.main(arguments) == 1 and old.read_text() == "old"
+    assert "a gate failed" in capsys.readouterr().err
+    (failed,) = folder.glob("export.unproven-*")
+    shutil.rmtree(failed)
+    monkeypatch.setattr(command, "_examined", lambda *_: [result | {"ok": True}])
+    assert command.main(arguments) == 0 and not list(folder.glob("export.unproven-*"))
+    assert world.load_world(folder / "export", device="cpu").config == MODELS["tiny"]
+    assert {p.name for p in old.parent.iterdir()} == {
+        weights.FILE, weights.CARD, weights.PAGE, "log.jsonl",
+    }  # fmt: skip
+    assert shipped.read_bytes() == before
+    assert command.main([*arguments, "--out", str(folder / "log.jsonl")]) == 2
+    assert "--out: expected a folder" in capsys.readouterr().err
 
 
 def test_weights_are_checked_by_hash(run, tmp_path, capsys):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,19 +76,38 @@ def gates(options) -> int:
 
 
 def export(options) -> int:
-    """Write the weights of a run in 8 bits, examine that file, and write its card."""
+    """Write the weights of a run in 8 bits, examine that file, and write its card.
+
+    All of it is written beside its place and moved there when every gate holds; else exit 1.
+    """
     folder = Path(options.folder)
+    out = Path(options.out or folder / "export").absolute()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got {out}, which is a file")
     model, at = trained(folder)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    facts = weights.history(log, at, weights_of(model))
-    out = options.out or weights.FOLDER
-    weights.export(model, out, facts)
-    shipped = weights.load_world(out, device=_device(options))
-    facts["gates"] = _examined(shipped, options)
-    weights.export(model, out, facts)
-    (Path(out) / weights.PAGE).write_text(weights.page(weights.card(out)))
-    (Path(out) / "log.jsonl").write_text((folder / "log.jsonl").read_text())
-    return 0 if all(r["ok"] for r in facts["gates"]) else 1
+    log = (folder / "log.jsonl").read_text()
+    facts = weights.history([json.loads(s) for s in log.splitlines()], at, weights_of(model))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f"{out.name}.unproven-", dir=out.parent))
+    try:
+        weights.export(model, made, facts)
+        facts["gates"] = _examined(weights.load_world(made, device=_device(options)), options)
+        weights.export(model, made, facts)
+        (made / weights.PAGE).write_text(weights.page(weights.card(made)))
+        (made / "log.jsonl").write_text(log)
+    except BaseException:
+        shutil.rmtree(made)
+        raise
+    if not all(r["ok"] for r in facts["gates"]):
+        print(f"export: a gate failed; the failed export is in {made}, nothing was written to "
+              f"{out}", file=sys.stderr)  # fmt: skip
+        return 1
+    out.mkdir(exist_ok=True)
+    for path in made.iterdir():
+        path.replace(out / path.name)
+    made.rmdir()
+    print(out)
+    return 0
 
 
 def pictures(options) -> int:
@@ -109,7 +130,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True)
 
     def add(name, run):
-        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command = commands.add_parser(
+            name, help=run.__doc__.splitlines()[0], description=run.__doc__
+        )
         command.set_defaults(run=run)
         command.add_argument("--device", help="cpu, cuda ...; the GPU if there is one")
         return command
@@ -131,8 +154,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", help="file for all figures")
     sizes(command)
     command = add("export", export)
-    command.add_argument("--folder", default="world", help="of the run")
-    command.add_argument("--out", help="folder; else the package's own")
+    command.add_argument("--folder", default="world", help="of the run; default: world")
+    command.add_argument("--out", help="folder; default: FOLDER/export")
     sizes(command)
     command = add("render", pictures)
     command.add_argument("--weights", help="folder of an export; else those that ship")
@@ -148,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
 
