@@ -73,7 +73,10 @@ class Config:
         near_frames: last past frames that always are among them.
         block_q: query rows that share one list; 16 to 128.
         block_k: tokens of a key block; 16, 32, 64 or 128.
-        refresh: denoising steps of a chunk that share one list; 1 makes a list every step.
+        refresh: denoising steps of a chunk that share one list; 1 makes a list every step. Steps
+            are counted from the first forward at a place of a cache, and a chunk made once more
+            there counts on: ``handle.reset()`` before it, or its first step may use a list of the
+            last one.
         layout: ``tiles`` or ``raster``: reorder the tokens of a frame around the sparse call, so
             that blocks are tiles or runs of rows. An experiment: it costs a copy of q, k and v.
         budget: blocks of each head, as a :class:`lightforcing.selectors.Budget`; the total stays.

@@ -222,6 +222,24 @@ def test_two_caches_do_not_share_their_lists(seen):
     assert set(selector.calls.values()) == {2}  # once a cache
 
 
+@pytest.mark.parametrize(("reset", "steps"), [(False, [0, 2, 4]), (True, [0, 2, 0, 2])])
+def test_a_chunk_made_once_more_counts_on_unless_reset(reset, steps):
+    """What the settings say of refresh: nothing tells another attempt from another step."""
+    assert "handle.reset()" in lf.Config.__doc__
+    model, made = make(layers=1), []
+    selector, cache = Counting(), new_cache(model)
+    handle = lf.patch(model, **SETTINGS, selector=selector, refresh=2)
+    rollout(model, chunks=1, cache=cache)
+    for attempt in range(2):
+        if attempt and reset:
+            handle.reset()
+        for _ in range(3):
+            before = selector.calls.copy()
+            model(noise(3), kv_cache=cache, current_start=3 * T)
+            made += [step for _, _, step in selector.calls - before]
+    assert made == steps
+
+
 @pytest.mark.parametrize("selector", ["mean", None])
 def test_lists_do_not_cross_into_a_graph_or_out_of_it(selector, seen, monkeypatch):
     facts, graph = _core.facts, [0]  # a stand-in for the stream
