@@ -105,7 +105,7 @@ class Watch:
 
         def enter(hooked, args, kwargs):
             visit = Handle.enter(handle, hooked, args, kwargs)
-            self._here.grid = _grid(adapters.bind(hooked.module, args, kwargs))
+            self._here.grid = adapters._grid(adapters.bind(hooked.module, args, kwargs))
             return visit
 
         for name, function in (("attend", attend), ("enter", enter)):
@@ -360,12 +360,3 @@ def _described(original, args, kwargs):
     if reason is None and not all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in (q, k, v)):
         reason = "q, k and v that are not tensors with 4 dimensions"
     return q, k, v, None if reason else q.shape[3] ** -0.5, reason
-
-
-def _grid(arguments):
-    """Rows and columns of tokens, where the arguments of a forward tell."""
-    sizes = arguments.get("grid_sizes")
-    if isinstance(sizes, torch.Tensor):
-        sizes = sizes.tolist() if sizes.device.type == "cpu" else None
-    row = sizes[0] if isinstance(sizes, (list, tuple)) and sizes else None
-    return (int(row[1]), int(row[2])) if isinstance(row, (list, tuple)) and len(row) == 3 else None

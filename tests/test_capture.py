@@ -52,6 +52,21 @@ def test_a_file_holds_what_the_layer_gave_its_dense_call(layer, tmp_path, monkey
     assert captured.nbytes == sum(x.nbytes for call in seen for x in call)
 
 
+def test_a_grid_of_no_tokens_is_no_grid(tmp_path):
+    """As for patch: the facts say what a selector would have been told."""
+    model = ar.make(ar.Deferred)
+
+    def blank(module, args):
+        return (*args[:2], torch.tensor([[3, 0, 0]]), *args[3:])
+
+    for layer in ar.attentions(model):
+        layer.register_forward_pre_hook(blank)
+    with lf.patched(model, sparsity=0, frame_tokens=ar.T), lf.capture(model, tmp_path):
+        ar.rollout(model, 2)
+    grids = [call.facts.grid for call in capturing.load_folder(tmp_path)]
+    assert grids == [None, None]
+
+
 def test_the_facts_of_a_call(tmp_path):
     model = ar.make(num_heads=2, local_attn_size=9, sink_size=1)
     with lf.capture(model, tmp_path, chunks=(4,)):
