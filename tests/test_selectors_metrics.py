@@ -333,3 +333,27 @@ def test_calibration_needs_every_layer():
     for calls in ([], [captured(0, 1)], [captured(1, 3)]):
         with pytest.raises(ValueError, match="calls: expected sparse calls of every layer"):
             calibrate(calls, config)
+
+
+def test_calibration_is_of_the_layout_of_the_settings():
+    """The calls are moved as a patched model moves them, before their blocks are chosen."""
+    calls = [captured(layer, chunk) for layer in range(2) for chunk in (2, 3)]
+    rank = token_places(8, 8, "morton") @ (8, 1)
+    moved = []
+    for call in calls:
+        q, k, v = (x.unflatten(1, (-1, 64))[:, :, rank.argsort()].flatten(1, 2)
+                   for x in (call.q, call.k, call.v))  # fmt: skip
+        moved.append(Captured(q, k, v, dataclasses.replace(call.facts, order="raster")))
+    config = lf.Config(sparsity=0.75, num_frames=12, block_q=32, block_k=16, selector="sta")
+    expected = calibrate(moved, config)
+    assert calibrate(calls, config.replace(layout="raster")) == expected
+    assert calibrate(calls, config) != expected
+
+
+def test_calibration_passes_over_calls_that_stay_dense_for_want_of_a_grid():
+    config = lf.Config(sparsity=0.75, num_frames=12, block_q=32, block_k=16, layout="tiles")
+    call = captured(0, 3)
+    blind = Captured(call.q, call.k, call.v, dataclasses.replace(call.facts, grid=None))
+    with pytest.raises(ValueError, match=r"got layers \[\]"):
+        calibrate([blind], config)
+    assert calibrate([blind, call], config) == calibrate([call], config)

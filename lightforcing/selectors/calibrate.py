@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from .. import ops, report
 from ..config import Config
-from .base import Geometry
 from .budget import Budget
-from .builtin import Hsa, Lse, Mass, Mean
+from .choose import geometry_of, layout, needs_grid, selector_of
 from .metrics import measure
 
 MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -37,21 +37,18 @@ def calibrate(
     Raises:
         ValueError: no call was sparse, or a layer had none.
     """
-    selector = config.selector
-    if selector is None:
-        selector = {"mean": Mean, "mass": Mass, "lse": Lse}[config.score]()
-        if config.hierarchy:
-            selector = Hsa(score=config.score)
+    selector = selector_of(config)
     errors = {}
     for call in calls:
         geometry = _geometry(call, config)
         if geometry is None:
             continue
+        (q, k, v), _ = layout(config, SimpleNamespace(call=call.facts), call.q, call.k, call.v)
         lists = {}
         for m in multiples:
             kept = min(geometry.blocks, max(1, round(m * geometry.kept)))
-            lists[m] = selector.select(call.q, call.k, replace(geometry, kept=kept))
-        found = measure(call.q, call.k, call.v, lists, scale=call.facts.scale)
+            lists[m] = selector.select(q, k, replace(geometry, kept=kept))
+        found = measure(q, k, v, lists, scale=call.facts.scale)
         table = np.array([found[m]["error_heads"] for m in multiples]).T  # [heads, n]
         errors.setdefault(call.facts.layer, []).append(table)
     if not errors or sorted(errors) != list(range(max(errors) + 1)):
@@ -75,18 +72,20 @@ def _geometry(call, config):
     )
     if kept >= blocks or frames[0] == frames[1]:
         return None
-    return Geometry(
-        tokens,
-        *frames,
-        kept,
-        config.block_q,
-        config.block_k,
-        config.grid or facts.grid,
-        config.token_order or facts.order,
-        facts.first_frame,
-        facts.sink_frames,
-        facts.chunk,
-        facts.layer,
-        facts.step,
-        facts.scale,
+    if needs_grid(config) and (config.grid or facts.grid) is None:
+        return None
+    return geometry_of(
+        config,
+        frame_tokens=tokens,
+        q_frames=frames[0],
+        k_frames=frames[1],
+        kept=kept,
+        grid=facts.grid,
+        order=facts.order,
+        first_frame=facts.first_frame,
+        sink_frames=facts.sink_frames,
+        chunk=facts.chunk,
+        layer=facts.layer,
+        step=facts.step,
+        scale=facts.scale,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .base import Geometry, token_places
-from .builtin import Lse, Mass, Mean
+from .builtin import Hsa, Lse, Mass, Mean
 
 BUFFERS = 4  # lists remembered a layer: two caches of guidance, and two rollouts
 
@@ -55,9 +55,7 @@ class Chooser:
             The list; and the share of key blocks kept: a number, or, where only the device knows
             it, a tensor of one element.
         """
-        selector = config.selector
-        if selector is None:
-            selector = {"mean": Mean, "mass": Mass, "lse": Lse}[config.score]()
+        selector = selector_of(config)
         geometry = self.geometry(config, visit, place, kept)
         blocks = selector.select(q, k, geometry)
         if selector.exact:
@@ -71,7 +69,7 @@ class Chooser:
     def geometry(config, visit, place, kept):
         """The call as a selector sees it."""
         layer, by_head, blocks = visit.hook.layer, None, None
-        call, grid = visit.call, grid_of(config, visit)
+        call = visit.call
         if config.budget is not None:
             shares = config.budget.shares
             if layer >= len(shares):
@@ -80,18 +78,14 @@ class Chooser:
                 )
             blocks = (place.past + place.query) * -(-place.frame_tokens // config.block_k)
             by_head = tuple(config.budget.counts(kept, blocks)[layer].tolist())
-        order = config.token_order or call.order
-        if config.layout is not None:
-            order = {"tiles": "morton"}.get(config.layout, config.layout)
-        return Geometry(
+        return geometry_of(
+            config,
             frame_tokens=place.frame_tokens,
             q_frames=place.query,
             k_frames=place.query + place.past,
             kept=kept,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            grid=grid,
-            order=order,
+            grid=call.grid,
+            order=call.order,
             first_frame=visit.first_frame,
             sink_frames=call.sink,
             chunk=place.chunk,
@@ -99,6 +93,29 @@ class Chooser:
             step=visit.step,
             kept_by_head=by_head,
         )
+
+
+def selector_of(config):
+    """The selector of the settings, or the object that score and hierarchy stand for."""
+    if config.selector is not None:
+        return config.selector
+    if config.hierarchy:
+        return Hsa(score=config.score)
+    return {"mean": Mean, "mass": Mass, "lse": Lse}[config.score]()
+
+
+def geometry_of(config, *, grid, order, **facts):
+    """A call as a selector sees it: the settings where they say something, else its facts."""
+    order = config.token_order or order
+    if config.layout is not None:
+        order = {"tiles": "morton"}.get(config.layout, config.layout)
+    return Geometry(
+        block_q=config.block_q,
+        block_k=config.block_k,
+        grid=config.grid or grid,
+        order=order,
+        **facts,
+    )
 
 
 def grid_of(config, visit):
