@@ -277,7 +277,9 @@ def arguments(argv):
     """Parse the command line."""
     cuda = torch.cuda.is_available() and bool(lf.info()["cuda_built"])
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--size", help="1.3B, 14B, 5B or tiny; default by the device")

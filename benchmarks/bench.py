@@ -128,7 +128,9 @@ def run_group(make, options, pattern):
 def arguments(argv):
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--rows", metavar="REGEX", help="only rows whose 'case kernel' matches")
     parser.add_argument("--quick", action="store_true", help="fewer geometries, no sustained")

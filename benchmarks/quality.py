@@ -237,7 +237,9 @@ def world_facts(args, table, weights):
 
 def parser():
     made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument("--view", type=int, choices=list(TABLES), default=64, help="default: 64")
     made.add_argument("--clips", type=int, help="default: 256 at 64 px and 128 at 128 px; 4 on CPU")

@@ -220,7 +220,9 @@ def text(record):
 def arguments(argv):
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("path", help="folder of a Self Forcing checkout")
     parser.add_argument("--preset", action="append", help="may be repeated; default: paper fast")

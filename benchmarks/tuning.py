@@ -192,7 +192,9 @@ def text(found):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--rules", nargs="+", default=RULES, metavar="NAME")
     parser.add_argument("--seconds", type=float, default=60, help="of tuning a rule; default: 60")

@@ -386,17 +386,19 @@ def compare(folder, read=read_video, perceptual=None):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("plan")
+    one = commands.add_parser("plan", allow_abbrev=False)
     one.add_argument("plan", type=Path)
     one.add_argument("--prompts", type=Path, required=True)
     one.add_argument("--texts", type=Path)
     one.add_argument("--samples", type=int, default=5)
     one.add_argument("--every", type=int, default=1, help="take every Nth prompt only")
     one.add_argument("--seed", type=int, default=0)
-    one = commands.add_parser("generate")
+    one = commands.add_parser("generate", allow_abbrev=False)
     one.add_argument("plan", type=Path)
     one.add_argument("videos", type=Path)
     one.add_argument("--checkout", type=Path, required=True)
@@ -405,7 +407,7 @@ def main(argv=None):
     one.add_argument("--arms", nargs="+", default=["dense", "balanced"])
     one.add_argument("--frames", type=int, default=21, help="latent frames")
     for name in ("score", "table", "compare"):
-        one = commands.add_parser(name)
+        one = commands.add_parser(name, allow_abbrev=False)
         one.add_argument("videos", type=Path)
         if name == "score":
             one.add_argument("--info", type=Path, help="VBench_full_info.json")

@@ -173,12 +173,13 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="lightforcing",
         description="Light Forcing: block-sparse attention for autoregressive video diffusion.",
+        allow_abbrev=False,  # --frames is no short form of --frames-per-chunk
     )
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
 
     def add(name, run):
         brief = run.__doc__.splitlines()[0]
-        command = commands.add_parser(name, help=brief, description=brief)
+        command = commands.add_parser(name, help=brief, description=brief, allow_abbrev=False)
         command.add_argument("--json", action="store_true", help="print JSON for a machine")
         command.set_defaults(run=run)
         return command

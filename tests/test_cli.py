@@ -136,6 +136,7 @@ def test_bench_times_dense_and_sparse():
         (["explain", "--preset", "best"], "preset: expected one of paper, paper-long, quality"),
         (["explain", "--sparsity", "1.5"], "sparsity: expected a number in [0, 1), got 1.5"),
         (["explain", "--num-frames", "0"], "expected an integer from 1 to 1000000, got 0"),
+        (["explain", "--frames", "20"], "unrecognized arguments: --frames 20"),
         (["explain", "--attention-share", "2"], "attention_share: expected a number in [0, 1]"),
         (["explain", "--plot", "s.xyz"], "--plot: expected a file ending in one of"),
         (["demo", "--clip", "-1"], "expected an integer from 0 to 1000000, got -1"),

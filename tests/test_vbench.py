@@ -217,3 +217,24 @@ def test_an_interval_covers_the_mean_and_depends_on_the_sample_only():
     assert _paired.interval([np.nan, 2.0]) == (2.0, 2.0, 2.0)
     assert _paired.interval([np.nan]) == (None, None, None)
     assert _paired.difference([3.0, 4.0, 9.0], [1.0, 2.0]) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("tool", ["attention_share", "bench", "quality", "self_forcing", "tuning",
+                                  "vbench", "world"])  # fmt: skip
+def test_an_option_is_never_guessed_from_its_beginning(tool, monkeypatch):
+    """As --frames of `explain` once was taken for --frames-per-chunk."""
+    import argparse
+    import importlib
+
+    name = "lightforcing.world.__main__" if tool == "world" else tool
+    module, made = importlib.import_module(name), []
+    original = argparse.ArgumentParser.__init__
+
+    def init(self, *args, **options):
+        original(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", init)
+    with pytest.raises(SystemExit):
+        module.main(["--no-such-option"])
+    assert made and not any(p.allow_abbrev for p in made)

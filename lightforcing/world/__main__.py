@@ -126,13 +126,14 @@ def pictures(options) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m lightforcing.world", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="python -m lightforcing.world", description=__doc__, allow_abbrev=False
+    )
     commands = top.add_subparsers(required=True)
 
     def add(name, run):
-        command = commands.add_parser(
-            name, help=run.__doc__.splitlines()[0], description=run.__doc__
-        )
+        brief = run.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=brief, description=run.__doc__, allow_abbrev=False)
         command.set_defaults(run=run)
         command.add_argument("--device", help="cpu, cuda ...; the GPU if there is one")
         return command
