@@ -11,7 +11,18 @@ from small_wan import BLIND, build
 import lightforcing as lf
 from lightforcing import _core, adapters, ops, reasons, selectors
 from lightforcing.models import Rollout
-from lightforcing.selectors import Budget, Mass, SlidingTile, Sparge, names
+from lightforcing.selectors import (
+    Budget,
+    Geometry,
+    Mass,
+    SlidingTile,
+    Sparge,
+    choose,
+    groups,
+    names,
+    rank,
+    vmoba,
+)
 from lightforcing.step import Step
 
 SCHEDULE = [0, 0.5, 0.6, 0.7, 0.8]
@@ -362,3 +373,29 @@ def test_a_copy_has_its_own_lists():
     assert lf.handle_of(twin) is not handle and not lf.handle_of(twin)._chooser._lists
     rollout(twin, chunks=2)
     assert lf.handle_of(twin).stats()["sparse_calls"] == 6
+
+
+def test_copies_to_a_device_need_a_warm_up_before_a_capture(monkeypatch):
+    """Made once for each device; `meta` stands in for one, and the answer for its stream."""
+    device, captured = torch.device("meta"), [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured[0])
+    geometry = Geometry(T, 3, 6, 4, 32, 16, (HEIGHT, WIDTH), kept_by_head=(3, 5))
+    makers = [
+        lambda: rank.head_counts(geometry, 2, device),
+        lambda: groups.grouping(geometry, "cube", 3, device)[1],
+        lambda: choose._permutation((HEIGHT, WIDTH), "raster", "morton", device)[0],
+        lambda: vmoba._own(geometry, "cube", 3, device),
+        lambda: selectors.make("sta").select(*like_q, geometry).indices,
+    ]
+    like_q = (torch.empty(1, 3 * T, 2, 16, device=device),) * 2
+    for cache in (rank.counts_on, groups.grouping, choose._permutation, vmoba._own):
+        cache.cache_clear()
+    rank.forget()
+    for make_tensor in makers:
+        captured[0] = True
+        with pytest.raises(RuntimeError, match="once before the capture of a CUDA graph"):
+            make_tensor()
+        captured[0] = False
+        made = make_tensor()
+        captured[0] = True
+        assert make_tensor() is made and made.device == device

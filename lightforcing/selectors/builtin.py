@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from .. import ops
 from .base import Geometry
-from .rank import as_torch, top
+from .rank import as_torch, counts_on, top
 
 
 class _Builtin:
@@ -90,16 +90,15 @@ class Mass(_Builtin):
         import torch
 
         scores = as_torch(self._run(q, k, geometry, return_scores=True)[1])
-        frame = torch.as_tensor(geometry.block_frames, device=scores.device)
+        frame = torch.arange(geometry.blocks, device=scores.device) // geometry.per_frame
         forced = frame < self.sink_frames
         forced |= (frame >= geometry.past - self.near_frames) & (frame < geometry.past)
         if self.current:
             forced |= frame >= geometry.past
         slots = int(self.guarantee * geometry.kept)
         if geometry.kept_by_head is not None:
-            slots = torch.tensor(
-                [int(self.guarantee * n) for n in geometry.kept_by_head], device=scores.device
-            )[:, None, None]
+            slots = tuple(int(self.guarantee * n) for n in geometry.kept_by_head)
+            slots = counts_on(slots, scores.device)[:, None, None]
         among = scores.masked_fill(~forced, -torch.inf).sort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(among.indices)
         rank.scatter_(

@@ -11,6 +11,7 @@ import numpy as np
 
 from .base import Geometry, token_places
 from .builtin import Hsa, Lse, Mass, Mean
+from .rank import placed
 
 BUFFERS = 4  # lists remembered a layer: two caches of guidance, and two rollouts
 
@@ -158,4 +159,4 @@ def _permutation(grid, order, target, device):
     rank = np.empty(grid[0] * grid[1], np.int64)  # of a place, in raster order, among the tokens
     rank[token_places(*grid, order) @ (grid[1], 1)] = np.arange(len(rank))
     there = torch.from_numpy(rank[token_places(*grid, target) @ (grid[1], 1)])
-    return there.to(device), there.argsort().to(device)
+    return placed(there, device), placed(there.argsort(), device)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .base import Geometry
-from .rank import ranking
+from .rank import placed, ranking
 
 KINDS = ("temporal", "spatial", "cube")
 
@@ -41,7 +41,7 @@ def grouping(geometry: Geometry, kind: str, frames: int, device: Any) -> tuple[A
     weights = np.zeros((groups.max() + 1, geometry.blocks), np.float32)
     weights[groups, np.arange(geometry.blocks)] = np.tile(sizes, geometry.k_frames)
     weights /= weights.sum(1, keepdims=True)
-    return torch.from_numpy(groups).to(device), torch.from_numpy(weights).to(device)
+    return tuple(placed(torch.from_numpy(x), device) for x in (groups, weights))
 
 
 def by_group(group_scores: Any, block_scores: Any, groups: Any) -> tuple[Any, Any]:

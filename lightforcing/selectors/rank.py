@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,14 +99,36 @@ def head_counts(geometry: Geometry, heads: int, device: Any) -> Any:
     Raises:
         ValueError: ``kept_by_head`` is for another number of heads.
     """
-    import torch
-
     by_head = geometry.kept_by_head
     if by_head is None:
         return None
     if len(by_head) != heads:
         raise ValueError(f"budget: expected shares for {heads} heads, got {len(by_head)}")
-    return torch.tensor(by_head, device=device)
+    return counts_on(by_head, device)
+
+
+@lru_cache(maxsize=256)
+def counts_on(counts: tuple[int, ...], device: Any) -> Any:
+    """Int64 tensor of ``counts`` on ``device``, made once."""
+    import torch
+
+    return placed(torch.tensor(counts), device)
+
+
+def placed(x: Any, device: Any) -> Any:
+    """A torch tensor of the host on ``device``, for caches that a warm-up fills.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, into which such a copy must not go.
+    """
+    import torch
+
+    if torch.device(device).type != "cpu" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "selector: expected the same call once before the capture of a CUDA graph, as a "
+            "warm-up, got a first one inside"
+        )
+    return x.to(device)
 
 
 class Static:
@@ -166,7 +189,8 @@ def _cheapest(costs: np.ndarray, geometry: Geometry, heads: int) -> np.ndarray:
 
 
 def _like(x: np.ndarray, model: Any) -> Any:
-    return like(np.ascontiguousarray(x), model)
+    x = np.ascontiguousarray(x)
+    return placed(as_torch(x), model.device) if is_torch(model) else like(x, model)
 
 
 _lists: OrderedDict[Any, BlockList] = OrderedDict()

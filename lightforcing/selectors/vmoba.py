@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from .groups import KINDS, by_group, grouping, groups_of
-from .rank import Scored, as_torch, block_means, first, take
+from .rank import Scored, as_torch, block_means, first, placed, take
 from .tiles import touched
 
 
@@ -81,4 +81,4 @@ def _own(geometry, kind, frames, device):
     own = np.zeros((geometry.rows, groups.max() + 1), bool)
     for row, blocks in enumerate(touched(geometry)):
         own[row, last[blocks]] = True
-    return torch.from_numpy(own).to(device)
+    return placed(torch.from_numpy(own), device)
