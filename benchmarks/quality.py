@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -190,10 +191,10 @@ def brief(name, made):
 
 def captured(args):
     """The table of --captured; its exit code."""
-    tally, names = Tally(), args.only or selectors.names()
-    names = [n for n in names if n != "dense"]
-    count = 0
-    for call in capturing.load_folder(args.captured, args.device):
+    calls = capturing.load_folder(args.captured, args.device)
+    names = known(args.only, selectors.names(), "selector") or selectors.names()
+    tally, names, count = Tally(), [n for n in names if n != "dense"], 0
+    for call in calls:
         found = judge(call, names, sparsity=args.sparsity, block_q=args.block_q or 128,
                       block_k=args.block_k or 64, notes=tally.notes)  # fmt: skip
         tally.add(call.facts, found)
@@ -236,18 +237,21 @@ def world_facts(args, table, weights):
 
 
 def parser():
+    count = number(int, 1, 1_000_000)
     made = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     made.add_argument("--view", type=int, choices=list(TABLES), default=64, help="default: 64")
-    made.add_argument("--clips", type=int, help="default: 256 at 64 px and 128 at 128 px; 4 on CPU")
+    made.add_argument(
+        "--clips", type=count, help="default: 256 at 64 px and 128 at 128 px; 4 on CPU"
+    )
     made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows (or selectors)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--weights", type=Path, help="folder of an export; default: the package's")
     made.add_argument("--untrained", action="store_true", help="random weights, to try this out")
-    made.add_argument("--batch", type=int, help="clips at once; default: 64, 16 at 128 px, CPU 2")
+    made.add_argument("--batch", type=count, help="clips at once; default: 64, 16 at 128 px, CPU 2")
     made.add_argument("--seconds", type=float, default=1e9, help="begin no row that ends later")
     made.add_argument("--judged", type=int, default=None, help="clips for recall; 0: none")
     made.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -257,18 +261,46 @@ def parser():
     made.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json .txt .png")
     made.add_argument("--beside", type=Path, metavar="ROWS", help="another run's finished rows")
     made.add_argument("--captured", type=Path, metavar="FOLDER", help="of lightforcing.capture")
-    made.add_argument("--sparsity", type=float, default=0.88, help="with --captured")
-    made.add_argument("--block-q", type=int, help="query rows that share a list")
-    made.add_argument("--block-k", type=int, help="tokens of a key block; with --captured")
+    made.add_argument(
+        "--sparsity", type=number(float, 0, 0.999), default=0.88, help="with --captured"
+    )
+    made.add_argument("--block-q", type=number(int, 16, 128), help="query rows that share a list")
+    made.add_argument(
+        "--block-k",
+        type=int,
+        choices=(16, 32, 64, 128),
+        help="tokens of a key block; with --captured",
+    )
     return made
+
+
+def known(only, names, kind, more=()):
+    """The names of --only, if there are such."""
+    unknown = [n for n in only if n not in names and n not in more]
+    if unknown:
+        raise ValueError(f"--only: no {kind} {', '.join(unknown)}; there are {', '.join(names)}")
+    return only
+
+
+def number(kind, least, most):
+    """The type of an argument from ``least`` to ``most``, these two included."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} from {least} to {most}, got {text}")
+        return value
+
+    return read
 
 
 def chosen(every, only):
     """Rows by name or selector, the dense one always."""
-    unknown = [n for n in only if not any(n in (r.name, r.selector) for r in every)]
-    if unknown:
-        raise SystemExit(f"--only: no row {', '.join(unknown)}; there are "
-                         + ", ".join(r.name for r in every))  # fmt: skip
+    known(only, [r.name for r in every], "row", [r.selector for r in every])
     return [r for r in every if not only or r.selector is None or {r.name, r.selector} & set(only)]
 
 
@@ -278,13 +310,14 @@ def prepare(args):
 
     cpu = not args.device.startswith("cuda")
     table = TABLES[args.view]
+    todo = chosen(rows(table, selectors.names()), args.only)
     args.clips = args.clips or (4 if cpu else 256 if args.view == 64 else 128)
     model = world.load_world(args.weights, device=args.device, untrained=args.untrained)
     seeds = range(world.EXAM_SEED, world.EXAM_SEED + args.clips)
     clips = world.clips(seeds, view=table.view, sweep=args.sweep, device=args.device)
     exam = Exam(model, clips, table, args.batch or (2 if cpu else table.batch), args.seed)
     store = Store(args.out / f"rows-{args.view}.jsonl", world_facts(args, table, digest(model)))
-    return exam, chosen(rows(table, selectors.names()), args.only), store
+    return exam, todo, store
 
 
 def put_recall(exam, store, clips=None):
@@ -310,8 +343,15 @@ def put_recall(exam, store, clips=None):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    if args.captured:
-        return captured(args)
+    try:
+        return captured(args) if args.captured else table_of_rows(args)
+    except (ValueError, OSError) as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+
+
+def table_of_rows(args):
+    """The table of the world model; its exit code."""
     import _quality_report
 
     begin = time.perf_counter()

@@ -173,7 +173,7 @@ def test_only():
     every = _rules.rows(_rules.TABLES[64], selectors.names())
     picked = [r.name for r in quality.chosen(every, ["mass count", "sta"])]
     assert picked == ["dense", "mass count", "sta cag", "sta count"]
-    with pytest.raises(SystemExit, match="no row best; there are dense, mass count"):
+    with pytest.raises(ValueError, match="no row best; there are dense, mass count"):
         quality.chosen(every, ["best"])
 
 
@@ -310,3 +310,35 @@ def test_a_selector_that_cannot_is_left_out_with_its_reason(tmp_path):
     found = _judge.judge(blind, ["sta", "mass"], sparsity=0.8, block_q=16, block_k=16, notes=notes)
     assert list(found) == ["mass"] and "grid" in notes["sta"]
     assert "oracle" not in found
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--sparsity", "1.5"], "--sparsity: expected a number from 0 to 0.999, got 1.5"),
+        (["--block-q", "8"], "--block-q: expected an integer from 16 to 128, got 8"),
+        (["--block-k", "24"], "--block-k: invalid choice: 24 (choose from 16, 32, 64, 128)"),
+        (["--clips", "0"], "--clips: expected an integer from 1 to 1000000, got 0"),
+        (["--only", "mass", "best"], "--only: no selector best; there are "),
+        (["--captured", "MISSING"], "folder: expected .safetensors files of a capture, got"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_wrong_arguments_get_a_sentence_before_any_work(
+    arguments, sentence, tmp_path, monkeypatch, capsys
+):
+    planted(tmp_path, 3, 0)
+    monkeypatch.setattr(quality, "judge", lambda *_, **__: pytest.fail("work was begun"))
+    arguments = [a.replace("MISSING", str(tmp_path / "missing")) for a in arguments]
+    try:
+        code = quality.main(["--captured", str(tmp_path), "--device", "cpu", *arguments])
+    except SystemExit as end:  # argparse's way out
+        code = end.code
+    shown = capsys.readouterr()
+    assert code == 2 and sentence in shown.err and not shown.out
+
+
+def test_an_unknown_row_is_told_before_the_model_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(world, "load_world", lambda *_, **__: pytest.fail("work was begun"))
+    assert quality.main(["--only", "best", "--device", "cpu"]) == 2
+    assert "--only: no row best; there are dense" in capsys.readouterr().err
