@@ -207,6 +207,23 @@ def test_clips_reject_in_words(arguments, message):
     assert str(failure.value) == message
 
 
+@pytest.mark.parametrize(
+    "seeds, error, message",
+    [
+        (0, ValueError, "seeds: expected at least 1 clip, got 0"),
+        ([], ValueError, "integers, one or more, got the shape [0]"),
+        ([1.5], TypeError, "seeds: expected a number of clips or a list of integers, got [1.5]"),
+        (True, ValueError, "got the shape []"),
+        ("ab", TypeError, "got 'ab'"),
+        (None, TypeError, "got None"),
+    ],
+)
+def test_seeds_reject_in_words(seeds, error, message):
+    with pytest.raises(error) as failure:
+        clips(seeds, view=32, frames=9)
+    assert message in str(failure.value) and str(failure.value).startswith("seeds: expected")
+
+
 # ---- measures ------------------------------------------------------------------------
 
 

@@ -308,6 +308,19 @@ def test_given_frames_are_checked(lively):
         stream(6, size=(16, 16), given=given, **told)
 
 
+def test_rollout_rejects_in_words(lively):
+    clip = clips(1, view=32, frames=9)
+    for given in (99, -1, 0):
+        with pytest.raises(ValueError, match=f"given: expected 1 to 3 chunks, got {given}"):
+            rollout(lively, clip, given=given)
+    with pytest.raises(TypeError, match="given: expected a number of chunks, got 1.0"):
+        rollout(lively, clip, given=1.0)
+    with pytest.raises(TypeError, match=r"model: expected one of load_world\(\), got NoneType"):
+        rollout(None, clip)
+    with pytest.raises(TypeError, match=r"clip: expected a Clip of clips\(\), got Tensor"):
+        rollout(lively, clip.video)
+
+
 def test_a_window_changes_nothing_until_it_is_full(lively):
     clip = clips(2, view=32, frames=12)
     dense = rollout(lively, clip)

@@ -96,14 +96,16 @@ def clips(
     Args:
         seeds: one for each clip; a number B stands for the first B examination clips.
         view: pixels V of a side, a multiple of 32; textures keep their size, all else scales.
-        frames: F, a multiple of 3.
+        frames: F, a multiple of 3; at least 9 with ``exam=True`` and 6 without, and 3 more with
+            the slow sweep.
         sweep: ``"quick"``: three frames show the whole world; ``"slow"``: six do.
         exam: each glyph is asked for in one chunk only, after at least one generated chunk, and
             there are region masks. Otherwise in one or two chunks after the first.
         device: where the clips are made. Devices agree but for the last bits of sines and logs.
 
     Raises:
-        ValueError: a size or the sweep is not as said.
+        ValueError: a size, the sweep or the number of seeds is not as said.
+        TypeError: seeds that are not integers.
     """
     if view < 32 or view % 32:
         raise ValueError(f"view: expected a multiple of 32, got {view}")
@@ -116,9 +118,7 @@ def clips(
             f"frames: expected a multiple of {CHUNK} of at least {CHUNK * (given + 1 + exam)}, "
             f"got {frames}"
         )
-    if isinstance(seeds, int):
-        seeds = range(EXAM_SEED, EXAM_SEED + seeds)
-    seeds = torch.as_tensor(seeds, dtype=torch.int64).to(device)
+    seeds = _seeds(seeds).to(device)
     draw = Draws(seeds)
     scene = _Scene(draw, view, frames, given)
     video = scene.background(draw)
@@ -155,6 +155,24 @@ def glyph_boxes(view: int, corner: torch.Tensor) -> tuple[tuple[int, int], torch
     far = view - small
     hard = torch.stack([(corner >= 2) * far, (corner % 2 == 1) * far], 1)
     return (large, small), torch.stack([torch.zeros_like(hard), hard], 1)
+
+
+def _seeds(seeds):
+    """What :func:`clips` was given, as int64 ``[B]``."""
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        if seeds < 1:
+            raise ValueError(f"seeds: expected at least 1 clip, got {seeds}")
+        seeds = range(EXAM_SEED, EXAM_SEED + seeds)
+    wanted = "seeds: expected a number of clips or a list of integers"
+    try:
+        found = torch.as_tensor(seeds)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{wanted}, got {seeds!r}") from None
+    if found.dim() != 1 or not len(found):
+        raise ValueError(f"{wanted}, one or more, got the shape {list(found.shape)}")
+    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        raise TypeError(f"{wanted}, got {seeds!r}")
+    return found.long()
 
 
 def _column(x: torch.Tensor, dims: int) -> torch.Tensor:

@@ -124,7 +124,21 @@ def rollout(
 
     Returns:
         ``[B, F, 3, V, V]`` float32 on the model's device.
+
+    Raises:
+        TypeError: another kind of model or clip, or chunks that are not an integer.
+        ValueError: the clip has not so many chunks.
     """
+    if not hasattr(model, "config") or not hasattr(model, "device"):  # a compiled one has them
+        raise TypeError(f"model: expected one of load_world(), got {type(model).__name__}")
+    if not isinstance(clip, Clip):
+        raise TypeError(f"clip: expected a Clip of clips(), got {type(clip).__name__}")
+    if given is not None:
+        if not isinstance(given, int) or isinstance(given, bool):
+            raise TypeError(f"given: expected a number of chunks, got {given!r}")
+        most = clip.video.shape[1] // CHUNK
+        if not 1 <= given <= most:
+            raise ValueError(f"given: expected 1 to {most} chunks, got {given}")
     chunks = sampler(model).stream(
         **arguments(model, clip, seed=seed, given=given), progress=progress
     )
