@@ -19,7 +19,7 @@ import torch
 
 from . import adapters, reasons
 from .config import Config
-from .handle import Handle
+from .handle import Handle, logger
 from .patching import handle_of
 
 FORMAT = "lightforcing-capture-1"
@@ -124,6 +124,10 @@ class Watch:
             return
         for name in ("attend", "enter", "watch"):
             del vars(self._handle)[name]
+        if not self.calls:
+            logger.warning(
+                "capture: no call was captured; skipped: %s", dict(self.skipped) or "none"
+            )
         # Somebody may have patched the model meanwhile: then it stays patched.
         if self._owned and self._handle.config is self._config:
             self._handle.unpatch()
@@ -148,6 +152,10 @@ class Watch:
         if reason is None and (first is None or q.shape[1] % tokens or k.shape[1] % tokens):
             reason = "query and keys that are not whole frames"
         size = handle.chunk_frames
+        if self._grid is not None and tokens and self._grid[0] * self._grid[1] != tokens:
+            raise ValueError(
+                f"grid: expected rows and columns of a frame's {tokens} tokens, got {self._grid}"
+            )
         if reason is None:
             chunk = -(-first // size) + 1
             if k.shape[1] == q.shape[1] if chunks is None else chunk not in chunks:
@@ -236,12 +244,15 @@ def capture(
         A :class:`Capture`, whose ``close()``, or the end of the ``with`` block, ends it.
 
     Raises:
-        ValueError: nothing to capture in the target, a layer that it has not, or a target that
-            is being captured. FileExistsError: the folder holds captures.
+        ValueError: nothing to capture in the target, a layer or chunk that it has not, a limit
+            that is no number, or a target that is being captured; later, in the forward, a grid
+            that is not that of the frames. FileExistsError: the folder holds captures.
         ImportError: safetensors is not installed.
     """
     import safetensors.torch  # noqa: F401  (now, and not after the first long forward)
 
+    if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit < 2**30:
+        raise ValueError(f"limit: expected GiB, a number above 0, got {limit!r}")
     folder = Path(folder)
     if any(folder.glob("*" + SUFFIX)):
         raise FileExistsError(f"folder: expected one without {SUFFIX} files, got {folder}")
@@ -280,6 +291,9 @@ def _find(target, layers, chunks, steps):
         raise ValueError("target: expected one that is not being captured, got one that is")
     else:
         depth = handle.depth
+    chunks = None if chunks is None else list(chunks)
+    if chunks is not None and min(chunks, default=1) < 1:
+        raise ValueError(f"chunks: expected numbers counted from 1, got {chunks}")
     wanted = {
         "layers": _layers(layers, depth),
         "chunks": None if chunks is None else frozenset(chunks),

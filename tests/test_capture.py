@@ -228,3 +228,25 @@ def test_what_is_refused(tmp_path):
         capturing.load(tmp_path / "d.safetensors")
     with pytest.raises(FileNotFoundError, match="expected .safetensors files of a capture"):
         capturing.load_folder(tmp_path / "c")
+
+
+def test_wrong_settings_and_an_empty_capture_are_told(tmp_path, caplog):
+    model = ar.make()
+    for chunks in ((0,), (2, -1)):
+        with pytest.raises(ValueError, match="chunks: expected numbers counted from 1, got"):
+            lf.capture(model, tmp_path / "a", chunks=chunks)
+    for limit in ("8", None, float("nan")):
+        with pytest.raises(ValueError, match="limit: expected GiB, a number above 0, got"):
+            lf.capture(model, tmp_path / "a", limit=limit)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match=f"grid: expected rows and columns of a frame's {ar.T} "):
+        with lf.capture(model, tmp_path / "b", grid=(3, 3)):
+            ar.rollout(model, 2)
+    caplog.clear()
+    with lf.capture(model, tmp_path / "c", chunks=(9,)):
+        ar.rollout(model, 2)
+    assert "capture: no call was captured; skipped: none" in caplog.text
+    caplog.clear()
+    with lf.capture(model, tmp_path / "d"):
+        ar.rollout(model, 2)
+    assert not caplog.text
