@@ -10,7 +10,8 @@
 `plan` writes which video is made of which text with which seed. Scored videos are named by the
 prompts (`--prompts`, VBench's all_dimension.txt); the model may be given longer texts (`--texts`,
 the file of the same order that comes with Self Forcing). `generate` makes every video of the plan
-with a Self Forcing checkout and its checkpoint, dense and patched, each arm a folder of VIDEOS, the
+with a Self Forcing checkout, its checkpoint and `omegaconf` (`pip install omegaconf`),
+dense and patched, each arm a folder of VIDEOS, the
 same noise in every arm; what exists is not made again. An arm is `dense`, a preset, or settings as
 `fast:sparsity=0.9,score=mean`. `score` runs VBench, where it is installed, and `table` prints each
 arm's scores beside dense, with the paired difference over videos and a bootstrap 95 % interval.
@@ -25,6 +26,7 @@ Installing VBench: an environment of its own with `pip install vbench` (it pins 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -121,6 +123,16 @@ def arm_settings(arm):
         except json.JSONDecodeError:
             settings[name] = value
     return settings
+
+
+def check_arms(arms):
+    """Raise ValueError for an arm that no patch takes."""
+    from lightforcing.config import PRESETS
+
+    for arm in arms:
+        settings = arm_settings(arm)
+        if settings is not None and settings["preset"] not in PRESETS:
+            raise ValueError(f"--arms: expected dense or one of {', '.join(PRESETS)}, got {arm!r}")
 
 
 def generate(pipeline, videos, folder, arms, frames=21, size=LATENT_SIZE, write=None, report=print):
@@ -428,8 +440,16 @@ def _run(args):
         args.plan.write_text(json.dumps(made, indent=1) + "\n")
         print(f"{len(made)} videos planned in {args.plan}")
     elif args.command == "generate":
+        videos = json.loads(args.plan.read_text())
+        if not args.checkout.is_dir():
+            raise ValueError(f"--checkout: expected a folder, got {args.checkout}")
+        if not args.checkpoint.is_file():
+            raise ValueError(f"--checkpoint: expected a file, got {args.checkpoint}")
+        check_arms(args.arms)
+        if importlib.util.find_spec("omegaconf") is None:
+            raise ValueError("generate needs omegaconf: pip install omegaconf")
         pipeline = self_forcing(args.checkout, args.config, args.checkpoint)
-        generate(pipeline, json.loads(args.plan.read_text()), args.videos, args.arms, args.frames)
+        generate(pipeline, videos, args.videos, args.arms, args.frames)
     elif args.command == "score":
         return score(args.videos, args.info, args.dimensions)
     elif args.command == "table":

@@ -238,3 +238,24 @@ def test_an_option_is_never_guessed_from_its_beginning(tool, monkeypatch):
     with pytest.raises(SystemExit):
         module.main(["--no-such-option"])
     assert made and not any(p.allow_abbrev for p in made)
+
+
+def test_generate_checks_what_it_was_given_before_it_loads_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vbench, "self_forcing", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(vbench.importlib.util, "find_spec", lambda name: None)
+    plan, weights = tmp_path / "plan.json", tmp_path / "weights.pt"
+    common = ["generate", str(plan), str(tmp_path / "v"), "--checkout", str(tmp_path / "checkout"),
+              "--config", "c.yaml", "--checkpoint", str(weights), "--arms", "dense"]  # fmt: skip
+
+    def told(*more):
+        assert vbench.main([*common, *more]) == 2
+        return capsys.readouterr().err
+
+    assert "plan.json" in told()
+    plan.write_text("[]")
+    assert "--checkout: expected a folder" in told()
+    (tmp_path / "checkout").mkdir()
+    assert "--checkpoint: expected a file" in told()
+    weights.write_text("")
+    assert "--arms: expected dense or one of" in told("best")
+    assert "generate needs omegaconf: pip install omegaconf" in told("fast")
