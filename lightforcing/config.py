@@ -138,6 +138,11 @@ class Config:
         put("grid", _optional(_tuple_of(_integer)), 1)
         if self.grid is not None and len(self.grid) != 2:
             raise ValueError(f"grid: expected rows and columns, got {list(self.grid)}")
+        if self.grid and self.frame_tokens not in (None, self.grid[0] * self.grid[1]):
+            raise ValueError(
+                f"grid: expected rows x columns = frame_tokens = {self.frame_tokens}, "
+                f"got {list(self.grid)}"
+            )
         put("token_order", _optional(_choice), ("raster", "morton"))
         put("layout", _optional(_choice), ("raster", "tiles"))
         put("score", _choice, SCORES)
@@ -203,8 +208,17 @@ class Config:
         """A copy with fields replaced.
 
         ``sparsity=s`` also sets base to ``min(1, s + 0.10)`` and drops a given schedule.
+
+        Raises:
+            TypeError: no field of this name, or score or hierarchy beside a selector.
         """
         _known(overrides)
+        beside = sorted(overrides.keys() & {"score", "hierarchy"})
+        if overrides.get("selector") is not None and beside:
+            raise TypeError(
+                f"selector: expected no {beside[0]} beside it, which it takes the place of, "
+                f"got {overrides[beside[0]]!r}"
+            )
         if sparsity is not None:
             overrides = {"sparsity": sparsity, "base": None, "schedule": None, **overrides}
         return replace(self, **overrides)

@@ -153,6 +153,13 @@ class Handle:
             visit.reason = call
             return visit
         visit.call = call
+        grid = self.config.grid
+        if grid is not None and call.grid not in (None, grid):
+            rows, columns = call.grid
+            raise ValueError(
+                f"grid: expected rows x columns = {rows * columns} tokens as the model tells, "
+                f"{rows} x {columns}, got {grid}"
+            )
         told, given = call.frame_tokens, self.config.frame_tokens
         if told is None:
             if given is None and self.config.grid:

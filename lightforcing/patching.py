@@ -24,7 +24,7 @@ __all__ = ["Adapter", "Call", "Config", "Handle", "StrictError", "dense", "handl
 def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False, **overrides):
     """Make the causal self-attention of a model block-sparse, in place.
 
-    Patching again updates the settings and returns the same handle. Training forwards, and
+    Patching again replaces all settings and returns the same handle. Training forwards, and
     calls the kernels cannot take, stay dense. ``torch.compile`` works, before or after, with
     graph breaks around every attention call (so not with ``fullgraph=True``). While the
     environment says ``LIGHTFORCING_DISABLE=1`` every call stays dense.

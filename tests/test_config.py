@@ -79,6 +79,8 @@ def test_is_frozen():
         ({"block_q": 256}, "block_q: expected an integer of at most 128, got 256"),
         ({"dense_steps": [-1]}, "dense_steps: expected an integer of at least 0, got -1"),
         ({"chunk_ends": [3, 3]}, "chunk_ends: expected ascending frame numbers, got [3, 3]"),
+        ({"grid": [4, 5], "frame_tokens": 21},
+         "grid: expected rows x columns = frame_tokens = 21, got [4, 5]"),
         ({"chunk_ends": []}, "chunk_ends: expected ascending frame numbers, got []"),
         ({"schedule": []}, "schedule: expected at least one value, got none"),
         ({"schedule": [0.5, 1.0]}, "schedule: expected a number in [0, 1), got 1.0"),
@@ -110,6 +112,16 @@ def test_values_of_the_wrong_kind(settings, message):
     with pytest.raises(TypeError) as failure:
         Config(**settings)
     assert str(failure.value) == message
+
+
+@pytest.mark.parametrize("beside", [{"score": "mean"}, {"hierarchy": True}])
+def test_a_score_beside_a_selector_is_refused(beside):
+    ((name, value),) = beside.items()
+    with pytest.raises(TypeError) as failure:
+        Config.preset("fast", selector="sta", **beside)
+    expected = f"selector: expected no {name} beside it, which it takes the place of, got {value!r}"
+    assert str(failure.value) == expected
+    assert Config.preset("paper", selector="sta").score == "mean"  # the preset's own may stay
 
 
 def test_unknown_names_list_the_known_ones():

@@ -178,6 +178,9 @@ def test_a_selector_without_the_grid_it_needs_is_a_reason(monkeypatch):
 def test_a_grid_of_another_size_says_so():
     with pytest.raises(ValueError, match="grid: expected rows x columns = 20 tokens"):
         run(selector="sta", grid=(4, 6))
+    # Turned, it has the right number of tokens and would misplace every tile.
+    with pytest.raises(ValueError, match=r"tells, 4 x 5, got \(5, 4\)$"):
+        run(selector="sta", grid=(5, 4))
 
 
 class Counting:
