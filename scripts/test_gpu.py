@@ -15,10 +15,11 @@ cpu        the operators' CPU tests, on every instruction set that this processo
 memcheck does not see what bulk copies (TMA) read: one more planted fault shows that, and
 tests/test_gpu_attend_inputs.py covers it with guarded memory.
 
-All run side by side: the GPU is shared, cores are many. summary.txt, summary.json and the raw logs,
-packed, go to benchmarks/results/gpu-<card>, or to FOLDER. The exit status is 1 if a test failed, a
-sanitizer reported anything, a part ran out of time (--limit, 280 s each) or passed no test at all.
-A skipped test is counted as skipped, never as passed.
+All run side by side: the GPU is shared, cores are many. summary.txt, summary.json and, for each
+part, a log of all that its processes printed go to benchmarks/results/gpu-<card>, or to FOLDER.
+The exit status is 1 if a test failed, a sanitizer reported anything or said no sum, a process was
+still running after --limit seconds (500, of the whole run) or passed no test at all. A skipped test
+is counted as skipped, never as passed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as xml
@@ -40,9 +40,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import child
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("tests", "fuzz", "memcheck", "racecheck", "synccheck", "cpu")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+KERNEL = re.compile(r"__global__\s[^;{}]*?\b(\w+_kernel)\s*\(", re.S)
 REPORTED = 86  # exit status by which compute-sanitizer says that it reported something
 
 FUZZ = "test_gpu_fuzz.py"
@@ -120,21 +123,21 @@ class Run:
     failed: int = 0
     skipped: int = 0
     seconds: float = 0.0
-    reports: int | None = None  # of the sanitizer; None: it did not run
+    reports: int | None = None  # of the sanitizer; None: it said no sum
     planted: bool = False  # a fault that must be reported
     unseen: bool = False  # a planted fault that the tool is known not to see
-    status: int | None = None  # exit status; None: out of time
-    log: str = ""
+    status: int | None = None  # exit status; None: out of time, or never begun
     skips: dict[str, int] = field(default_factory=dict)
 
     @property
     def good(self):
         """Did it show what it is there to show?"""
         if self.unseen:
-            return self.status is not None
+            return self.reports is not None
         if self.planted:
             return bool(self.reports)
-        return self.status == 0 and self.failed == 0 and self.passed > 0 and not self.reports
+        silent = self.reports == (0 if self.part in SANITIZERS else None)
+        return self.status == 0 and self.failed == 0 and self.passed > 0 and silent
 
     def __str__(self):
         """One line."""
@@ -146,8 +149,10 @@ class Run:
             text += f"{self.passed:>5} passed {self.failed:>4} failed {self.skipped:>4} skipped"
             text += "" if self.reports is None else f" {self.reports:>3} reports"
         text += f" {self.seconds:6.0f} s"
+        if self.part in SANITIZERS and self.reports is None:
+            text += "  no sum of reports"
         if self.status is None:
-            text += "  OUT OF TIME"
+            text += "  no end"
         return text + ("" if self.good else "  <- NOT GOOD")
 
 
@@ -186,19 +191,21 @@ def facts():
 
 def kernels():
     """Names of all kernels in csrc/cuda, for the sanitizer's filter."""
-    pattern = re.compile(r"__global__\s[^;{}]*?\b(\w+_kernel)\s*\(", re.S)
     text = "\n".join(p.read_text() for p in (ROOT / "csrc" / "cuda").glob("*.cu*"))
-    return sorted(set(pattern.findall(text)))
+    return sorted(set(KERNEL.findall(text)))
 
 
 def sanitizer(tool):
-    """The command in front of Python. API errors are left to the tests: each raises there."""
+    """The command in front of Python, None without the tool.
+
+    API errors are left to the tests: each raises there.
+    """
     program = shutil.which("compute-sanitizer")
     for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
         if not program and root and (Path(root) / "bin" / "compute-sanitizer").is_file():
             program = str(Path(root) / "bin" / "compute-sanitizer")
     if not program:
-        raise SystemExit("compute-sanitizer is not on PATH nor in CUDA_HOME/bin")
+        return None
     command = [program, "--tool", tool, "--error-exitcode", str(REPORTED), "--print-limit", "20"]
     command += ["--target-processes", "application-only"]
     if tool == "memcheck":
@@ -234,30 +241,17 @@ def counts(path, run):
     path.unlink()
 
 
-def execute(run, command, out, limit, environment=None):
-    """Run one process, its output to a log; fills `run`."""
+def execute(run, command, out, deadline, environment=None):
+    """Run one process, its output to a log; fills `run`. Without a command: it could not begin."""
     stem = f"{run.part}-{run.name}".replace(" ", "-")
     log, result = out / f"{stem}.log", out / f"{stem}.xml"
+    if isinstance(command, str):
+        return finish(run, command, log)
     if "pytest" in command:
         command = [*command, f"--junitxml={result}"]
     began = time.monotonic()
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        try:
-            text, _ = process.communicate(timeout=limit)
-            run.status = process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            text, _ = process.communicate()
-            text += f"\nkilled after {limit} s\n"
+    environment = {"PYTHONPATH": str(ROOT), **(environment or {})}
+    run.status, text = child.run(command, ROOT, environment, max(1, deadline - began))
     run.seconds = time.monotonic() - began
     counts(result, run)
     if run.part in SANITIZERS:
@@ -265,10 +259,14 @@ def execute(run, command, out, limit, environment=None):
         if run.status == REPORTED and not run.reports:
             run.reports = 1
     shown = " ".join(c if len(c) < 200 else f"{c[:60]}..." for c in command[:60])
+    return finish(run, f"$ {shown}\n{text}", log)
+
+
+def finish(run, text, log):
+    """Write the log of a process, and tell how it ended."""
     for secret, name in ((f"{ROOT}/", ""), (str(Path.home()), "~"), (sys.prefix, "python")):
-        text, shown = text.replace(secret, name), shown.replace(secret, name)
-    log.write_text(f"$ {shown}\n{text}")
-    run.log = log.name
+        text = text.replace(secret, name)
+    log.write_text(f"==== {run}\n{text.rstrip()}\n\n")
     print(run, flush=True)
     if not run.good:
         print("\n".join(text.splitlines()[-25:]), flush=True)
@@ -277,17 +275,11 @@ def execute(run, command, out, limit, environment=None):
 
 def collected():
     """Ids of all GPU tests."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=-q"]
-    done = subprocess.run(
-        [*command, *gpu_tests()],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    ids = [line for line in done.stdout.splitlines() if "::" in line]
-    if not ids:
-        raise SystemExit(f"no GPU test could be collected:\n{done.stdout}{done.stderr}")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=-q", *gpu_tests()]
+    status, text = child.run(command, ROOT, {"PYTHONPATH": str(ROOT)}, 120)
+    ids = [line for line in text.splitlines() if "::" in line]
+    if status or not ids:
+        raise SystemExit(f"the GPU tests could not be collected:\n{text}")
     return ids
 
 
@@ -307,10 +299,13 @@ def sanitizer_jobs(tool, ids, hopper):
     """Of one tool: runs, commands and environment."""
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
     front, jobs = sanitizer(tool), []
+    if not front:
+        return [(Run(tool, "(all)"), "compute-sanitizer is not on PATH nor in CUDA_HOME/bin", {})]
     for name, pattern in TABLES[tool].items():
         kernel = name.split()[1] if name.endswith((" sm90", " portable")) else ""
         chosen = [i for i in ids if re.search(pattern, i) and kernel in i]
-        jobs.append((Run(tool, name), [*front, *pytest(*chosen)]))
+        command = [*front, *pytest(*chosen)] if chosen else f"no test is called {pattern}"
+        jobs.append((Run(tool, name), command))
     if tool == "memcheck":
         for name in (*PLANTS, UNSEEN):
             run = Run(tool, f"planted {name}", planted=True, unseen=name == UNSEEN)
@@ -318,60 +313,55 @@ def sanitizer_jobs(tool, ids, hopper):
     return [(*job, environment) for job in jobs if hopper or "sm90" not in job[0].name]
 
 
-def fuzz(folder, archs, out, limit):
+def fuzz(folder, archs, out, deadline):
     """Builds a copy of the tree with pauses; the tests find its binary by an environment name."""
-    tree = Path(folder) / "tree"
-    left_out = shutil.ignore_patterns("lib*", "*.so", "__pycache__")
+    tree, run = Path(folder) / "tree", Run("fuzz", "pauses")
+    left_out = shutil.ignore_patterns("lib*", "sanitize", "*.so", "__pycache__")
     for name in ("csrc", "lightforcing", "build"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=left_out)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, tree / name)
-    done = subprocess.run(
-        (sys.executable, "setup.py", "-q", "build_ext", "--inplace"),
-        cwd=tree,
-        env={**os.environ, "LIGHTFORCING_FUZZ": "1", "LIGHTFORCING_CUDA_ARCHS": " ".join(archs)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    environment = {"LIGHTFORCING_FUZZ": "1", "LIGHTFORCING_CUDA_ARCHS": " ".join(archs)}
+    status, text = child.run(command, tree, environment, max(1, deadline - time.monotonic()))
     binaries = [str(p) for p in (tree / "lightforcing").glob("_core*.so")]
-    if done.returncode or not binaries:
-        raise SystemExit(f"the build with pauses failed:\n{done.stdout[-4000:]}")
+    if status != 0 or not binaries:
+        return execute(run, f"the build with pauses failed:\n{text}", out, deadline)
     environment = {"LIGHTFORCING_FUZZ_BINARY": binaries[0]}
-    return execute(Run("fuzz", "pauses"), pytest(f"tests/{FUZZ}"), out, limit, environment)
+    return execute(run, pytest(f"tests/{FUZZ}"), out, deadline, environment)
 
 
 def run_parts(parts, out, limit, machine):
-    """All runs of the chosen parts."""
-    jobs, hopper = [], machine.get("chip") == [9, 0]
+    """All runs of the chosen parts, those that take longest first."""
+    deadline, jobs, hopper = time.monotonic() + limit, [], machine.get("chip") == [9, 0]
     with tempfile.TemporaryDirectory(prefix="lightforcing-fuzz-") as folder:
-        if "tests" in parts:
-            for file in gpu_tests()[:-1]:
-                name = Path(file).stem.removeprefix("test_gpu_")
-                jobs.append((Run("tests", name), pytest(file), {}))
         if set(parts) & set(SANITIZERS):
             ids = collected()
             for tool in SANITIZERS:
                 jobs += sanitizer_jobs(tool, ids, hopper) if tool in parts else []
+        if "tests" in parts:
+            for file in gpu_tests()[:-1]:
+                name = Path(file).stem.removeprefix("test_gpu_")
+                jobs.append((Run("tests", name), pytest(file), {}))
         if "cpu" in parts:
             quiet = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "4"}
             jobs.append((Run("cpu", "operators"), pytest(*CPU_TESTS), quiet))
         with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) * 3 // 4)) as pool:
-            waiting = [pool.submit(execute, r, c, out, limit, e) for r, c, e in jobs]
+            waiting = []
             if "fuzz" in parts:
-                waiting.append(pool.submit(fuzz, folder, machine["embedded"], out, limit))
+                waiting.append(pool.submit(fuzz, folder, machine["embedded"], out, deadline))
+            waiting += [pool.submit(execute, r, c, out, deadline, e) for r, c, e in jobs]
             return [job.result() for job in waiting]
 
 
-def pack(out):
-    """The raw logs as one file."""
-    logs = sorted(out.glob("*.log"))
-    with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
+def join(parts, out):
+    """One log for each part, of its processes' logs."""
+    for part in parts:
+        logs = sorted(out.glob(f"{part}-*.log"))
+        (out / f"{part}.log").write_text("".join(log.read_text() for log in logs))
         for log in logs:
-            archive.add(log, log.name)
-    for log in logs:
-        log.unlink()
+            log.unlink()
 
 
 def summary(machine, runs):
@@ -398,11 +388,15 @@ def main(argv=None):
     )
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma between them")
     parser.add_argument("--out", type=Path, help="folder of logs and summary")
-    parser.add_argument("--limit", type=int, default=280, help="seconds of a process")
+    parser.add_argument("--limit", type=float, default=500, help="seconds of the whole run")
     options = parser.parse_args(argv)
     parts = options.only.split(",")
     if unknown := [p for p in parts if p not in PARTS]:
         parser.error(f"--only: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if not options.limit > 0:
+        parser.error(f"--limit: expected seconds above 0, got {options.limit:g}")
+    if options.out and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {options.out}")
     machine = facts()
     if parts != ["cpu"] and not (machine.get("card") and machine.get("cuda_built")):
         print("no GPU, or a build without the CUDA half; --only cpu runs without")
@@ -416,7 +410,7 @@ def main(argv=None):
     (out / "summary.txt").write_text(text)
     record = {"machine": machine, "runs": [asdict(r) | {"good": r.good} for r in runs]}
     (out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
-    pack(out)
+    join(parts, out)
     print(text, end="")
     return int(not runs or any(not r.good for r in runs))
 

@@ -1,4 +1,6 @@
-"""Seeded faults that the suite must catch: `python tests/mutants/run.py [--gpu] [NAME ...]`.
+"""Seeded faults that the suite must catch.
+
+    python tests/mutants/run.py [--gpu] [--out FOLDER] [NAME ...]
 
 Each `*.patch` beside this file, or in gpu/ those of CUDA kernels, is one fault, a unified diff
 under a short header:
@@ -6,15 +8,17 @@ under a short header:
     Fault: what is wrong, in a sentence
     Tests: the files (or tests) that should catch it
     Build: environment of the build, such as LIGHTFORCING_FUZZ=1 (may be left out)
+    Hangs: why its tests may never end (may be left out)
 
 The tree is copied, built and tested unharmed; then each fault is applied to a copy, the extension
 rebuilt, and the named tests run. The run fails if a fault survives, a patch does not apply, a tree
-does not build or import, or the unharmed tree fails or passes no test.
+does not build or import, or the unharmed tree fails or passes no test. With --out the table and all
+that the tests printed are written to that folder too.
 
 Without --gpu the trees are built without CUDA and faults follow each other in one copy. With it
 there are as many copies as faults, side by side, built for Hopper, which the run needs; a test run
-that does not end within LIMIT is killed and counts as caught: a kernel that waits for a wrong
-phase waits for ever.
+that does not end within LIMIT is killed, and counts as caught only where the patch has a line
+`Hangs:`, since anything else may just have been slow.
 """
 
 import argparse
@@ -23,7 +27,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,11 +37,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import child  # noqa: E402
+
 NOT_COPIED = shutil.ignore_patterns(
     *".git .venv .gpu build dist demo *.so *.egg-info __pycache__ .*_cache".split()
 )
 PASSED, FAILED = 0, 1  # pytest's exit codes; any other is an accident, not a verdict
-LIMIT = 60  # seconds of the tests of a fault on the GPU; the unharmed tree takes 10 to 20
+LIMIT = 90  # seconds of the tests of a fault on the GPU; the unharmed tree takes 25
+BUILD_LIMIT = 300  # on the GPU's machine
 GPU_TESTS_AT_ONCE = 4
 
 
@@ -51,6 +58,7 @@ class Mutant:
     tests: tuple[str, ...]
     build: tuple[str, ...]
     touches_c: bool
+    may_hang: bool = False
 
     @property
     def name(self):
@@ -62,19 +70,21 @@ class Verdict:
     """What the tests of one tree said."""
 
     passed: int
-    caught: str  # the test that failed, or that nothing ended; empty: all passed
+    caught: str  # the test that failed; empty: none
     seconds: float
+    output: str
+    ended: bool = True
 
 
 def read(path):
     """Parse the header of a patch."""
     text = path.read_text()
-    fields = dict(re.findall(r"^(Fault|Tests|Build): (.+)$", text, flags=re.M))
+    fields = dict(re.findall(r"^(Fault|Tests|Build|Hangs): (.+)$", text, flags=re.M))
     if not {"Fault", "Tests"} <= set(fields):
         raise SystemExit(f"{path.name}: expected a 'Fault:' and a 'Tests:' line")
     touches_c = re.search(r"^\+\+\+ b/csrc/", text, flags=re.M) is not None
     tests, build = (tuple(shlex.split(fields.get(x, ""))) for x in ("Tests", "Build"))
-    return Mutant(path, fields["Fault"], tests, build, touches_c)
+    return Mutant(path, fields["Fault"], tests, build, touches_c, "Hangs" in fields)
 
 
 class Tree:
@@ -93,27 +103,12 @@ class Tree:
         # The CPU's faults need no CUDA: nvcc takes minutes.
         ours = {"LIGHTFORCING_CUDA_ARCHS": "90a"} if self.gpu else {"LIGHTFORCING_NO_CUDA": "1"}
         ours |= {"PYTHONPATH": str(self.path)} | dict(x.split("=", 1) for x in build)
-        with subprocess.Popen(
-            command,
-            cwd=self.path,
-            env=os.environ | ours,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        ) as process:
-            try:
-                output, _ = process.communicate(timeout=limit)
-                return process.returncode, output
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                return None, process.communicate()[0]
+        return child.run(command, self.path, ours, limit)
 
     def must(self, what, *command, build=()):
         """Run a command that has to succeed."""
-        code, output = self.call(*command, build=build)
-        if code:
+        code, output = self.call(*command, build=build, limit=BUILD_LIMIT if self.gpu else None)
+        if code != 0:
             raise RuntimeError(f"{what} failed:\n{output[-4000:]}")
 
     def apply(self, mutant, *options):
@@ -135,45 +130,69 @@ class Tree:
         code, output = self.call(*command, *arguments, limit=LIMIT if self.gpu else None)
         seconds = time.monotonic() - start
         if code is None:
-            return Verdict(0, f"no end within {LIMIT} s", seconds)
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.M)
-        if code not in (PASSED, FAILED) or (code == FAILED and not failed):
+            return Verdict(0, "", seconds, output, ended=False)
+        failed = re.search(r"^FAILED (\S+)", output, flags=re.M)
+        out_of_memory = "OutOfMemoryError" in output  # of a GPU that others use: no verdict
+        if code not in (PASSED, FAILED) or (code == FAILED and not failed) or out_of_memory:
             raise RuntimeError(
                 f"pytest {shlex.join(arguments)} ended with {code}:\n{output[-4000:]}"
             )
         passed = re.search(r"\b(\d+) passed", output)
         caught = failed.group(1) if code == FAILED else ""
-        return Verdict(int(passed.group(1)) if passed else 0, caught, seconds)
+        return Verdict(int(passed.group(1)) if passed else 0, caught, seconds, output)
 
 
 class Table:
-    """Prints a line for each tree and counts the faults that nobody saw."""
+    """Prints a line for each tree, keeps what its tests printed, and counts what went wrong."""
 
-    def __init__(self):
-        """The head of the table."""
-        print(f"{'mutant':<32} {'verdict':<9} {'s':>5}  caught by", flush=True)
-        self.survivors, self.count = [], 0
+    def __init__(self, out=None):
+        """The head of the table, and where to write both."""
+        self.out, self.wrong, self.count, self.caught = out, 0, 0, 0
+        for name in ("mutants.txt", "mutants.log") if out else ():
+            (out / name).write_text("")
+        self.say(f"{'mutant':<32} {'verdict':<9} {'s':>5}  caught by")
+
+    def say(self, line, output=None):
+        """A line of the table, and what lies behind it."""
+        print(line, flush=True)
+        if self.out:
+            with (self.out / "mutants.txt").open("a") as file:
+                file.write(f"{line}\n")
+            with (self.out / "mutants.log").open("a") as file:
+                file.write(f"==== {line}\n{output}\n" if output else "")
 
     def unharmed(self, mutant, verdict):
         """The tree without a fault, which has to pass something and fail nothing."""
-        if verdict.caught or not verdict.passed:
-            why = verdict.caught or "every test: none passed"
-            raise RuntimeError(f"the unharmed tree fails {why}; a mutant would prove nothing")
-        line = f"{mutant.name:<32} {'passes':<9} {verdict.seconds:5.1f}  {verdict.passed} tests"
-        print(line, flush=True)
+        good = verdict.ended and verdict.passed and not verdict.caught
+        why = verdict.caught or ("no test passed" if verdict.ended else f"no end in {LIMIT} s")
+        word, told = ("passes", f"{verdict.passed} tests") if good else ("FAILS", why)
+        self.say(f"{mutant.name:<32} {word:<9} {verdict.seconds:5.1f}  {told}", verdict.output)
+        self.wrong += not good
+        return good
 
     def harmed(self, mutant, verdict):
         """A tree with a fault."""
-        word, told = ("caught", verdict.caught) if verdict.caught else ("SURVIVED", mutant.fault)
-        print(f"{mutant.name:<32} {word:<9} {verdict.seconds:5.1f}  {told}", flush=True)
+        word, told, good = "SURVIVED", mutant.fault, False
+        if verdict.caught:
+            word, told, good = "caught", verdict.caught, True
+        elif not verdict.ended:
+            good = mutant.may_hang
+            word, told = "caught" if good else "NO END", f"no end within {LIMIT} s"
+        self.say(f"{mutant.name:<32} {word:<9} {verdict.seconds:5.1f}  {told}", verdict.output)
         self.count += 1
-        if not verdict.caught:
-            self.survivors.append(mutant.name)
+        self.caught += good
+        self.wrong += not good
+
+    def broken(self, mutant, error):
+        """A tree that came to no verdict; it loses nobody else's."""
+        self.say(f"{mutant.name:<32} {'BROKEN':<9} {'':5}  {mutant.fault}", str(error))
+        print(error, flush=True)
+        self.count, self.wrong = self.count + bool(mutant.path), self.wrong + 1
 
     def end(self):
         """Prints the sum; the exit status."""
-        print(f"\n{self.count - len(self.survivors)} of {self.count} caught")
-        return int(bool(self.survivors))
+        self.say(f"\n{self.caught} of {self.count} caught")
+        return int(self.wrong > 0)
 
 
 def united(mutants, build=()):
@@ -182,13 +201,14 @@ def united(mutants, build=()):
     return Mutant(None, "", tuple(tests), build, False)
 
 
-def run_in_turn(mutants, folder):
+def run_in_turn(mutants, folder, out):
     """All faults in one copy, one after the other."""
-    tree, table = Tree(folder / "tree", gpu=False), Table()
+    tree, table = Tree(folder / "tree", gpu=False), Table(out)
     for mutant in mutants:
         tree.apply(mutant, "--check")
     tree.build()
-    table.unharmed(united(mutants), tree.test(united(mutants).tests))
+    if not table.unharmed(united(mutants), tree.test(united(mutants).tests)):
+        raise RuntimeError("the unharmed tree fails; a mutant would prove nothing")
     rebuild = False
     for mutant in mutants:
         if rebuild and not mutant.touches_c:
@@ -204,11 +224,12 @@ def run_in_turn(mutants, folder):
     return table.end()
 
 
-def run_on_gpu(mutants, folder):
+def run_on_gpu(mutants, folder, out):
     """Each fault in a copy of its own, all built at once; so are the unharmed trees they need."""
     name, _, driver = nvidia_smi().partition(", ")
     commit = os.environ.get("LIGHTFORCING_COMMIT") or git_head()
-    print(f"{name}, driver {driver}, commit {commit}, {datetime.date.today().isoformat()}")
+    table = Table(out)
+    table.say(f"{name}, driver {driver}, commit {commit}, {datetime.date.today().isoformat()}")
     # One unharmed tree for each way to build, with the tests of the faults that are built so.
     ways = sorted({m.build for m in mutants})
     whole = [united([m for m in mutants if m.build == way], way) for way in ways]
@@ -223,9 +244,11 @@ def run_on_gpu(mutants, folder):
 
     with pool, turns:
         waiting = [pool.submit(attempt, n, m) for n, m in enumerate([*whole, *mutants])]
-        table = Table()
         for mutant, job in zip([*whole, *mutants], waiting, strict=True):
-            (table.harmed if mutant.path else table.unharmed)(mutant, job.result())
+            try:
+                (table.harmed if mutant.path else table.unharmed)(mutant, job.result())
+            except (RuntimeError, OSError) as error:
+                table.broken(mutant, error)
     return table.end()
 
 
@@ -254,14 +277,17 @@ def main():
     parser = argparse.ArgumentParser(description="Run the seeded faults against the suite.")
     parser.add_argument("names", nargs="*", help="stems of patches (default: all)")
     parser.add_argument("--gpu", action="store_true", help="the faults of CUDA kernels")
+    parser.add_argument("--out", type=Path, help="folder of the table and all output")
     options = parser.parse_args()
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     names, where = set(options.names), HERE / "gpu" if options.gpu else HERE
     mutants = [m for m in map(read, sorted(where.glob("*.patch"))) if not names or m.name in names]
     if not mutants or names - {m.name for m in mutants}:
         raise SystemExit(f"no such patch: {', '.join(sorted(names)) or where}")
     with tempfile.TemporaryDirectory(prefix="lightforcing-mutants-") as folder:
         try:
-            return (run_on_gpu if options.gpu else run_in_turn)(mutants, Path(folder))
+            return (run_on_gpu if options.gpu else run_in_turn)(mutants, Path(folder), options.out)
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
 

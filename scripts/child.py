@@ -1,0 +1,32 @@
+"""One child process with a time limit, for the runners of the checks."""
+
+import os
+import signal
+import subprocess
+
+
+def run(command, folder, environment=None, limit=None):
+    """Run a command in a folder, with some more environment.
+
+    When the time is up it is killed, with all that it started.
+
+    Returns:
+        The exit status, None when out of time; and all it printed.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            return None, f"{output}\nkilled after {limit:.0f} s\n"
