@@ -1,6 +1,8 @@
 """Selectors, shared lists, budgets and layouts under ``patch``: what reaches the kernels."""
 
 import collections
+import gc
+import weakref
 
 import pytest
 import torch
@@ -402,3 +404,48 @@ def test_copies_to_a_device_need_a_warm_up_before_a_capture(monkeypatch):
         made = make_tensor()
         captured[0] = True
         assert make_tensor() is made and made.device == device
+
+
+def test_what_a_graph_reads_outlives_its_cache(monkeypatch):
+    """A graph holds addresses and no references, so caches must not be the only holders."""
+    device, captured = torch.device("meta"), [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured[0])
+    like_q = (torch.empty(1, 3 * T, 2, 16, device=device),) * 2
+
+    def geometry(kept):
+        return Geometry(T, 3, 6, kept, 32, 16, (HEIGHT, WIDTH), kept_by_head=(kept, kept))
+
+    makers = [
+        lambda n: rank.head_counts(geometry(n), 2, device),
+        lambda n: groups.grouping(geometry(n), "cube", 3, device)[1],
+        lambda n: choose._permutation((n, WIDTH), "raster", "morton", device)[0],
+        lambda n: vmoba._own(geometry(n), "cube", 3, device),
+        lambda n: selectors.make("sta").select(*like_q, geometry(n)).indices,
+    ]
+    caches = (rank.counts_on, groups.grouping, choose._permutation, vmoba._own)
+
+    def empty_all():
+        for cache in caches:
+            cache.cache_clear()
+        rank.forget()
+
+    empty_all()
+    for make_tensor in makers:
+        make_tensor(3), make_tensor(5)
+        captured[0] = True
+        read = weakref.ref(make_tensor(3))
+        captured[0] = False
+        unread = weakref.ref(make_tensor(5))
+        empty_all()
+        gc.collect()
+        assert read() is not None and unread() is None
+    # What pushes a list out is the number of others.
+    selectors.make("sta").select(*like_q, geometry(4))
+    captured[0] = True
+    read = weakref.ref(selectors.make("sta").select(*like_q, geometry(4)))
+    captured[0] = False
+    monkeypatch.setattr(rank, "CACHED", 2)
+    for kept in (5, 6, 7):
+        selectors.make("sta").select(*like_q, geometry(kept))
+    gc.collect()
+    assert read() is not None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, defaultdict
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .base import Geometry, token_places
 from .builtin import Hsa, Lse, Mass, Mean
-from .rank import placed
+from .placed import device_cache, placed
 
 BUFFERS = 4  # lists remembered a layer: two caches of guidance, and two rollouts
 
@@ -152,7 +151,7 @@ def _move(x, order, dim):
     return frames.index_select(dim + 1, order).flatten(dim, dim + 1)
 
 
-@lru_cache(maxsize=32)
+@device_cache(maxsize=32)
 def _permutation(grid, order, target, device):
     import torch
 

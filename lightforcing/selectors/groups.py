@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .base import Geometry
-from .rank import placed, ranking
+from .placed import device_cache, placed
+from .rank import ranking
 
 KINDS = ("temporal", "spatial", "cube")
 
@@ -25,7 +25,7 @@ def groups_of(geometry: Geometry, kind: str, frames: int = 1) -> np.ndarray:
     return place if kind == "spatial" else frame // frames * geometry.per_frame + place
 
 
-@lru_cache(maxsize=64)
+@device_cache(maxsize=64)
 def grouping(geometry: Geometry, kind: str, frames: int, device: Any) -> tuple[Any, Any]:
     """Two tensors on ``device``, made once for a :meth:`Geometry.static`.
 

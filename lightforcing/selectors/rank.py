@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from ..arrays import is_torch, like
 from ..blocks import BlockList
 from .base import Geometry
+from .placed import device_cache, placed, stay
 
 CACHED = 64  # static lists kept: geometries x selectors in use
 
@@ -107,28 +107,12 @@ def head_counts(geometry: Geometry, heads: int, device: Any) -> Any:
     return counts_on(by_head, device)
 
 
-@lru_cache(maxsize=256)
+@device_cache(maxsize=256)
 def counts_on(counts: tuple[int, ...], device: Any) -> Any:
     """Int64 tensor of ``counts`` on ``device``, made once."""
     import torch
 
     return placed(torch.tensor(counts), device)
-
-
-def placed(x: Any, device: Any) -> Any:
-    """A torch tensor of the host on ``device``, for caches that a warm-up fills.
-
-    Raises:
-        RuntimeError: a CUDA graph is captured, into which such a copy must not go.
-    """
-    import torch
-
-    if torch.device(device).type != "cpu" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "selector: expected the same call once before the capture of a CUDA graph, as a "
-            "warm-up, got a first one inside"
-        )
-    return x.to(device)
 
 
 class Static:
@@ -159,7 +143,8 @@ class Static:
         place = str(q.device) if hasattr(q, "device") else ""
         batch, heads = q.shape[0], q.shape[2]
         key = (self, self.key(geometry), batch, heads, type(q), place)
-        return _cached(key, lambda: self._make(q, geometry, batch, heads))
+        found = _cached(key, lambda: self._make(q, geometry, batch, heads))
+        return stay(found, q.device) if is_torch(q) else found
 
     def _make(self, q, geometry, batch, heads):
         kept = self.own(geometry)
@@ -207,7 +192,7 @@ def _cached(key: Any, make: Callable[[], BlockList]) -> BlockList:
 
 
 def forget() -> None:
-    """Drop all cached static lists."""
+    """Drop all cached static lists, but for those that a CUDA graph reads."""
     _lists.clear()
 
 

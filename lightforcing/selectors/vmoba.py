@@ -1,13 +1,13 @@
 """VMoBA (arXiv 2506.23858): blocks of frames, of places and of cubes, layer by layer in turn."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 
 from .groups import KINDS, by_group, grouping, groups_of
-from .rank import Scored, as_torch, block_means, first, placed, take
+from .placed import device_cache, placed
+from .rank import Scored, as_torch, block_means, first, take
 from .tiles import touched
 
 
@@ -71,7 +71,7 @@ class Vmoba(Scored):
         return first(order, counts, geometry, q)
 
 
-@lru_cache(maxsize=64)
+@device_cache(maxsize=64)
 def _own(geometry, kind, frames, device):
     """Bool ``[R, M]``: the macro-blocks that each query block lies in."""
     import torch
