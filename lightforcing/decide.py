@@ -22,7 +22,7 @@ class Decision:
 
     __slots__ = ("frame_tokens", "query", "past", "frames", "size", "chunk", "end", "window",
                  "pairs", "reason", "sparsity", "kept", "density", "raised", "step",
-                 "keys")  # fmt: skip
+                 "keys", "rows")  # fmt: skip
 
     def __init__(self, frame_tokens, query, past, size, first_frame, window, pairs):
         """A call in whole frames."""
@@ -39,6 +39,7 @@ class Decision:
         self.raised = 0  # keep_frames, where the budget forced it up
         self.step = None  # the call itself, where the core takes it in one
         self.keys = None  # of the means kept for such keys, beside their address
+        self.rows = 0  # means of all frames
 
 
 def place(visit, q, k, size):
@@ -74,6 +75,7 @@ def decide(decision, config, schedule, visit, q, k, v, spare):
     stream = torch.cuda.current_stream(k.device).cuda_stream if k.is_cuda else 0
     part = config.block_k if config.score == "mean" else config.block_k // 4
     d.keys = (k.stride(), k.shape[0], k.shape[2:], k.dtype, k.device, stream, d.frame_tokens, part)
+    d.rows = d.frames * -(-d.frame_tokens // part)
     d.reason = reasons.unsupported(q, k, v) or _plan(d, config, schedule, visit)
     if d.reason is None and spare is not None and config.plain:
         d.step = Step(q, k, v, frame_tokens=d.frame_tokens, sparsity=d.sparsity,

@@ -48,6 +48,11 @@ class Handle:
         self._decisions, self._last = Decisions(), None
         self._size, self._before = 0, None  # of this forward; its last layer
         self._spare = {}  # workspaces, by stream
+        # Do the settings ask for nothing that differs from call to call of a kind, or is measured?
+        c = self.config
+        self._even = not (c.timing or c.probe or c.dense_layers or c.dense_steps) and not (
+            c.sparsity == 0 and c.schedule is None
+        )
         self._warned = set()
         self.shortest_query = None  # frames, of the calls with a cache
 
@@ -216,8 +221,21 @@ class Handle:
     def attend(self, visit, original, args, kwargs):
         """The dense call ``original(*args, **kwargs)``, sparse where the settings allow it."""
         visit.calls += 1
-        q, k, v, extra = reasons.split(original, args, kwargs)
+        if len(args) == 3 and not kwargs:
+            (q, k, v), extra = args, None
+        else:
+            q, k, v, extra = reasons.split(original, args, kwargs)
         decision = self._decide(visit, q, k, v)
+        if (
+            self._even
+            and decision is not None
+            and decision.step is not None
+            and extra is None
+            and not (_core.is_disabled() or hook.local.dense or torch.is_grad_enabled())
+        ):  # most calls: _why_dense() would find nothing, and _sparse() has nothing to measure
+            out, _ = self._whole(visit, decision, q, k, v, False)
+            self.record.plain(visit.hook.layer, decision)
+            return out
         reason = self._why_dense(visit, decision, q, k, v, extra)
         if reason is None:
             return self._sparse(visit, decision, q, k, v)
@@ -237,25 +255,32 @@ class Handle:
         return out
 
     def _sparse(self, visit, decision, q, k, v):
-        layer, step = visit.hook.layer, decision.step
+        layer = visit.hook.layer
         timer = self._timer(visit, q)
         density, captured = decision.density, visit.capture != 0
         probed = self.config.probe > 0 and not captured
-        if step is None:
+        if decision.step is None:
             out, lse, density = self._apart(visit, decision, q, k, v, probed)
             if captured and isinstance(density, torch.Tensor):  # unwritten before a replay
                 density = decision.density
         else:
-            entry = self._means[layer].enter(visit, k, decision)
-            means, held = (None, 0) if entry is None else (entry.means, entry.frames)
-            out, lse, _ = step.run(q, k, v, means, held, probed, captured)
-            if entry is not None:
-                entry.frames = decision.frames
+            out, lse = self._whole(visit, decision, q, k, v, probed)
         if timer is not None:
             timer.stop()
         recall = None if lse is None else self._recall(visit, q, k, v, lse)
         self.record.sparse(layer, decision, density, timer, recall)
         return out
+
+    def _whole(self, visit, decision, q, k, v, want_lse):
+        """A sparse call in one call of the core."""
+        entry = self._means[visit.hook.layer].enter(visit, k, decision)
+        run, fresh = decision.step.run, visit.capture != 0
+        if entry is None:
+            out, lse, _ = run(q, k, v, None, 0, want_lse, fresh)
+        else:
+            out, lse, _ = run(q, k, v, entry.means, entry.frames, want_lse, fresh)
+            entry.frames = decision.frames
+        return out, lse
 
     def _timer(self, visit, q):
         """The started timer of a call, or None where none is wanted or none can run."""

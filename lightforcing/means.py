@@ -45,11 +45,12 @@ def _is_captured(keys):
 
 
 class _Entry:
-    __slots__ = ("keys", "means", "frames", "first_frame", "origin", "version")
+    __slots__ = ("keys", "means", "rows", "frames", "first_frame", "origin", "version")
 
     def __init__(self, keys, means):
         self.keys = weakref.ref(keys)
         self.means = means  # float32 [B, frames * blocks, H, D]
+        self.rows = means.shape[1]
         self.frames = 0  # of which so many hold
         self.first_frame = -1
         self.origin = None  # frame of the video at the start of the keys
@@ -78,7 +79,8 @@ class KeyMeans:
         Args:
             visit: the running forward, whose ``address`` is that of k inside ``keys``, or 0.
             k: ``[B, F*T, H, D]``, the keys of the call.
-            decision: the call in frames; its ``keys`` end in T and the tokens of a mean.
+            decision: the call in frames; its ``keys`` end in T and the tokens of a mean, its
+                ``rows`` are the means of k.
             grow: make an entry where there is none.
         """
         keys = visit.keys
@@ -93,15 +95,13 @@ class KeyMeans:
         entry = self.entries.pop(key, None)
         past, first_frame = decision.past, visit.first_frame
         origin = first_frame - past
-        if entry is not None and (
-            entry.keys() is not keys or entry.means.shape[1] < _rows(k, decision.keys)
-        ):
+        if entry is not None and (entry.keys() is not keys or entry.rows < decision.rows):
             entry = None
         if entry is None:
             if not grow:
                 return None
             kind = decision.keys
-            rows = max(_rows(k, kind), _rows(keys, kind) if keys.dim() == 4 else 0)
+            rows = max(decision.rows, _rows(keys, kind) if keys.dim() == 4 else 0)
             shape = (k.shape[0], rows, k.shape[2], k.shape[3])
             entry = _Entry(keys, torch.empty(shape, dtype=torch.float32, device=k.device))
         elif not (

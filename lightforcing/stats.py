@@ -150,6 +150,21 @@ class Record:
                 cell.recall_low = cell.recall_low + recall[1]
                 cell.recalled += 1
 
+    def plain(self, layer, call):
+        """A call ran sparse as it was decided, neither timed nor probed: what most calls are."""
+        key = (layer, call.chunk if call.chunk < LAST_CHUNK else LAST_CHUNK)
+        with self._lock:
+            cell = self.cells.get(key)
+            if cell is None:
+                cell = self.cells[key] = Cell()
+            cell.calls += 1
+            cell.sparse_calls += 1
+            cell.sparsity = call.sparsity
+            cell.pairs += call.pairs
+            cell.kept_pairs += call.pairs * call.density
+            if call.raised > cell.keep_frames:
+                cell.keep_frames = call.raised
+
     def _time(self, cell, field, timer, density):
         if timer.events is not None:
             self._pending.append((cell, field, timer.events))
