@@ -81,12 +81,15 @@ class Row:
 
     Attributes:
         name: unique in its table.
-        group: ``main``, ``laws``, ``pareto``, ``chunks`` (H1), ``frames`` (H4) or ``extras``.
+        group: ``main``, ``presets``, ``laws``, ``pareto``, ``chunks`` (H1), ``frames`` (H4) or
+            ``extras``.
         selector: a name that ``lightforcing.patch`` knows; None leaves every call dense.
         kept: blocks a row of queries keeps in chunks 2, 3 ...; 0 leaves a chunk dense.
         settings: further fields of ``lightforcing.Config``; they win over ``selector``. A budget
             of :data:`CALIBRATED` stands for one that is measured first.
-        clips: share of the clips that are run; the costly rows take fewer.
+        clips: share of the clips that are run; side questions and costly rows take fewer.
+        preset: a preset as it is shipped, in place of selector, kept and block sizes; at 64 px
+            with the table's blocks.
     """
 
     name: str
@@ -95,9 +98,12 @@ class Row:
     kept: tuple[int, ...] = ()
     settings: dict = field(default_factory=dict)
     clips: float = 1.0
+    preset: str | None = None
 
     def config(self, table, budget=None):
         """The settings of the patch, or None for a dense row; ``budget`` is the measured one."""
+        if self.preset is not None:
+            return shipped(self.preset, table)
         if self.selector is None:
             return None
         blocks = resident(table.frame_tokens, table.block_k)
@@ -108,6 +114,26 @@ class Row:
         return lf.Config(
             schedule=[0.0, *shares], block_k=table.block_k, frames_per_chunk=CHUNK, **fields
         )
+
+
+def shipped(preset, table):
+    """The settings of a preset, for a video as long as the table's."""
+    config = lf.Config.preset(preset, num_frames=FRAMES, frames_per_chunk=CHUNK)
+    if table.block_k != config.block_k:
+        config = config.replace(block_q=table.block_q, block_k=table.block_k)
+    return config
+
+
+def preset_row(preset, table):
+    """The row of a preset, with the blocks that its schedule comes to."""
+    config = shipped(preset, table)
+    solved = lf.cag_schedule(
+        FRAMES, CHUNK, sparsity=config.sparsity, base=config.base, law=config.law
+    )
+    kept = [max(1, int((1 - s) * n + 1e-9)) for s, n in zip(solved[1:], table.blocks, strict=True)]
+    name = "mass" if config.selector is None else config.selector.name
+    name = "hsa" if config.selector is None and config.hierarchy else name
+    return Row(f"preset {preset}", "presets", name, tuple(kept), preset=preset)
 
 
 @dataclass(frozen=True)
@@ -146,39 +172,33 @@ class Table:
 TABLES = {64: Table(64, 16, 16, 64), 128: Table(128, 64, 64, 16)}
 
 # Most wanted first: a run that is cut short has the rows that matter.
-FIRST = (
-    ("mass", "count"),
-    ("mean", "cag"),
-    ("hsa", "cag"),
-    ("oracle", "cag"),
-    ("sta", "cag"),
-    ("random", "cag"),
-    ("mass", "cag"),
-    ("mean", "count"),
-    ("mean", "uniform"),
-    ("radial", "cag"),
-    ("vsa", "cag"),
-    ("vmoba", "cag"),
-    ("sparge", "cag"),
-)
-REST = (
-    ("hsa", "count"),
-    ("lse", "count"),
-    ("oracle", "count"),
-    ("hsa", "uniform"),
+KEY = (("mean", "uniform"), ("mean", "cag"), ("mean", "count"), ("hsa", "cag"), ("mass", "cag"),
+       ("mass", "count"))  # fmt: skip
+MAIN = ("oracle", "mass-fine", "sta", "random", "radial", "vmoba", "sparge-topp", "sparge-sim",
+        "vsa", "sparge", "vsa-cube", "lse")  # fmt: skip
+LAWS_OF = (
     ("mass", "uniform"),
-    ("lse", "cag"),
+    ("oracle", "count"),
+    ("mass-fine", "count"),
+    ("hsa", "uniform"),
+    ("hsa", "count"),
     ("mean", "reversed"),
     ("mass", "reversed"),
+    ("lse", "count"),
     ("sta", "count"),
-    ("vsa", "count"),
     ("vmoba", "count"),
-    ("sparge", "count"),
+    ("vsa-cube", "count"),
+    ("sparge-topp", "count"),
     ("radial", "count"),
-    ("vsa-cube", "cag"),
-    ("sparge-sim", "cag"),
-    ("sparge-topp", "cag"),
 )
+SIDE, FEW = 0.5, 0.25  # share of the clips for side questions, and for what needs no more
+COSTLY = {"oracle": 0.25, "mass-fine": 0.5}  # seconds a batch to choose blocks on a GPU
+
+
+def key_rows(table):
+    """Dense and the rows that are run for every training seed."""
+    made = [Row("dense")]
+    return made + [Row(f"{s} {law}", "main", s, table.counts(law)) for s, law in KEY]
 
 
 def rows(table, selectors):
@@ -188,49 +208,45 @@ def rows(table, selectors):
         table: a :class:`Table`.
         selectors: names that this build knows; rows of others are left out.
     """
-    made = [Row("dense")]
-    costly = {"oracle": 0.25, "mass-fine": 0.5}  # seconds a batch to choose blocks on a GPU
+    made = [r for r in key_rows(table) if r.selector is None or r.selector in selectors]
+    large = table.view == 128
 
-    def add(group, selector, law, note="", keep=1 - TARGET, kept=None, /, **settings):
+    def add(group, selector, law, note="", keep=1 - TARGET, kept=None, share=SIDE, /, **settings):
         if selector in selectors:
-            made.append(
-                Row(
-                    f"{selector} {law}{note}",
-                    group,
-                    selector,
-                    table.counts(law, keep) if kept is None else kept,
-                    settings,
-                    costly.get(selector, 1.0),
-                )
-            )
+            share = min(share, COSTLY.get(selector, 1.0))
+            kept = table.counts(law, keep) if kept is None else kept
+            made.append(Row(f"{selector} {law}{note}", group, selector, kept, settings, share))
 
-    for selector, law in FIRST:
-        add("main", selector, law)
-        if selector == "sta":
-            add("main", "mass-fine", "count")
-            add("main", "mass", "count", " budget", budget=CALIBRATED)
-    if table.view == 128:
+    made += [preset_row(p, table) for p in ("paper", "fast", "balanced", "quality")]
+    for selector in MAIN:
+        add("main", selector, "cag", "", 1 - TARGET, None, 1.0)
+    if large:
         for selector, law in (("mass", "count"), ("mean", "cag"), ("hsa", "cag")):
-            add("main", selector, law, " q128", block_q=128)
-    for selector, law in REST:
-        add("laws", selector, law)
+            add("main", selector, law, " q128", 1 - TARGET, None, 1.0, block_q=128)
     frames = dict(selector=None, score="mass", hierarchy=True)
     forced = dict(name="mass", guarantee=0.25, sink_frames=1, near_frames=2)
+    add("extras", "mass", "count", " budget", budget=CALIBRATED)
     add("extras", "mass", "count", " refresh 2", refresh=2)
     add("extras", "mass", "cag", " frames", **frames)
-    add("extras", "mass", "count", " frames", **frames)
     add("extras", "mass", "count", " guarantee", selector=forced)
     add("extras", "mass", "count", " raster", layout="raster")
     add("extras", "mean", "cag", " raster", layout="raster")
-    for keep in (0.05, 0.08, 0.20, 0.30):
-        for selector, law in (("mass", "count"), ("mean", "cag"), ("hsa", "cag")):
+    for selector, law in LAWS_OF:
+        add("laws", selector, law)
+    for keep in (0.05, 0.20, 0.30):
+        for selector, law in (("mass", "count"), ("hsa", "cag"), ("mean", "cag"), ("mass", "cag")):
             add("pareto", selector, law, f" keep {keep:g}", keep)
-    for frames, sink, near in ((3, 1, 2), (9, 1, 2), (12, 1, 2), (6, 0, 0)):
-        add("frames", "hsa", "cag", f" {frames}/{sink}/{near}",
-            keep_frames=frames, sink_frames=sink, near_frames=near)  # fmt: skip
-    for selector in ("mean", "mass"):
+    for kept, sink, near in ((3, 1, 2), (9, 1, 2), (12, 1, 2), (6, 0, 0)):
+        add("frames", "hsa", "cag", f" {kept}/{sink}/{near}",
+            keep_frames=kept, sink_frames=sink, near_frames=near)  # fmt: skip
+    for selector in ("mean",) if large else ("mean", "mass"):
         for name, kept in starved(table).items():
-            add("chunks", selector, name, "", 1 - TARGET, kept)
+            add("chunks", selector, name, "", 1 - TARGET, kept, FEW)
+    for keep in (0.05, 0.20, 0.30):
+        add("pareto", "mass-fine", "cag", f" keep {keep:g}", keep, None, FEW)
+        add("pareto", "oracle", "cag", f" keep {keep:g}", keep, None, FEW)
+    add("extras", "mass", "count", " frames", **frames)
+    add("extras", "mass-fine", "cag", " refresh 2", 1 - TARGET, None, FEW, refresh=2)
     return made
 
 

@@ -2,6 +2,8 @@
 
     python benchmarks/quality.py [--view 64|128] [--clips N] [--only NAME ...] [--device cpu|cuda]
                                  [--weights FILE] [--seconds N] [--out FOLDER] [--results PREFIX]
+    python benchmarks/quality.py --plan ROWS [--view 64|128] [--clips N]
+    python benchmarks/quality.py --join ROWS ROWS ... [--results PREFIX]
     python benchmarks/quality.py --captured FOLDER [--sparsity S]
 
 The world model of `lightforcing.world` continues procedural clips whose true continuation is known,
@@ -17,6 +19,10 @@ kept keys hold (mean, 5th percentile, against the oracle's) and the output's rel
 
 Finished rows are kept in FOLDER, a line each, and not run again at the same commit with the same
 weights and clips; rows come most wanted first, and none is begun that would not end in time.
+--plan says what they will take, from the seconds of an earlier run's rows.
+
+--join puts the rows of several trainings (--weights, --only key) side by side: the mean, and the
+spread of the trainings.
 
 --captured judges the selectors on q, k and v of your own pipeline, as `lightforcing.capture` wrote
 them, all keeping the same share of the blocks.
@@ -32,10 +38,11 @@ import sys
 import time
 from pathlib import Path
 
+import _seeds
 import torch
 from _judge import Tally, judge, text
 from _paired import Store, digest, load_rows
-from _rules import CALIBRATED, CHUNK, CHUNKS, TABLES, Row, rows
+from _rules import CALIBRATED, CHUNK, CHUNKS, KEY, TABLES, Row, rows
 from cpu import commit, cpu_name
 
 import lightforcing as lf
@@ -160,10 +167,11 @@ def run_rows(exam, todo, store, seconds, report):
         if row.name in store and not needed:
             continue
         spent = time.perf_counter() - begin
-        guess = slowest.get(row.selector) or max(slowest.values(), default=0)
+        kind = row.selector, "budget" in row.settings
+        guess = slowest.get(kind) or max(slowest.values(), default=0)
         if spent + guess * row.clips > seconds:
-            report(f"no time left before {row.name}")
-            break
+            report(f"no time left for {row.name}")
+            continue
         try:
             made = exam.run(row)
         except Exception as error:  # one row that fails must not lose the others
@@ -171,7 +179,7 @@ def run_rows(exam, todo, store, seconds, report):
             continue
         if row.name not in store:
             store.put(row.name, **made)
-        slowest[row.selector] = made["seconds"] / row.clips
+        slowest[kind] = made["seconds"] / row.clips
         report(brief(row.name, made))
 
 
@@ -260,6 +268,8 @@ def parser():
     made.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rows")
     made.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json .txt .png")
     made.add_argument("--beside", type=Path, metavar="ROWS", help="another run's finished rows")
+    made.add_argument("--plan", type=Path, metavar="ROWS", help="an earlier run's finished rows")
+    made.add_argument("--join", type=Path, nargs="+", metavar="ROWS", help="of several trainings")
     made.add_argument("--captured", type=Path, metavar="FOLDER", help="of lightforcing.capture")
     made.add_argument(
         "--sparsity", type=number(float, 0, 0.999), default=0.88, help="with --captured"
@@ -299,9 +309,39 @@ def number(kind, least, most):
 
 
 def chosen(every, only):
-    """Rows by name or selector, the dense one always."""
-    known(only, [r.name for r in every], "row", [r.selector for r in every])
-    return [r for r in every if not only or r.selector is None or {r.name, r.selector} & set(only)]
+    """Rows by name, selector or group, the dense one always; ``key`` is those of every training."""
+    more = {r.selector for r in every} | {r.group for r in every} | {"key"}
+    known(only, [r.name for r in every], "row", more)
+    asked, key = set(only), {f"{s} {law}" for s, law in KEY}
+
+    def wanted(row):
+        kinds = {row.name, row.selector, row.group} | ({"key"} if row.name in key else set())
+        return not only or row.selector is None or bool(kinds & asked)
+
+    return [r for r in every if wanted(r)]
+
+
+def plan(args):
+    """Print the rows in their order with clips and the seconds they should take; the exit code.
+
+    Rows of a selector that the earlier run has not count as its slowest ones do.
+    """
+    table = TABLES[args.view]
+    clips = args.clips or (256 if args.view == 64 else 128)
+    spent = {}
+    for row in load_rows(args.plan):
+        if "scores" in row and row["key"].get("view") == args.view and row["name"] != "dense":
+            spent.setdefault(row["name"].split()[0], []).append(row["seconds"] / row["clips"])
+    if not spent:
+        raise ValueError(f"--plan: expected rows of {args.view} px in {args.plan}, got none")
+    spent = {name: min(each) for name, each in spent.items()}  # the first of a kind warms up
+    total = 0.0
+    for row in chosen(rows(table, selectors.names()), args.only):
+        count = max(1, round(clips * row.clips))
+        seconds = count * spent.get(row.selector, max(spent.values()))
+        total += seconds
+        print(f"{row.name:28}{row.group:10}{count:5} clips{seconds:7.1f} s{total:8.1f} s")
+    return 0
 
 
 def prepare(args):
@@ -344,7 +384,12 @@ def put_recall(exam, store, clips=None):
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
-        return captured(args) if args.captured else table_of_rows(args)
+        if args.captured:
+            return captured(args)
+        if args.join:
+            print(_seeds.report(args.join, args.results))
+            return 0
+        return plan(args) if args.plan else table_of_rows(args)
     except (ValueError, OSError) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2

@@ -58,9 +58,12 @@ def test_rows_are_unique_and_their_settings_hold(table):
     made = _rules.rows(table, selectors.names())
     names = [r.name for r in made]
     assert len(set(names)) == len(names) and names[0] == "dense"
-    assert names[1:4] == ["mass count", "mean cag", "hsa cag"]
+    assert names[:7] == [r.name for r in _rules.key_rows(table)]
+    assert set(selectors.names()) <= {r.selector for r in made} | {"dense"}
     for row in made[1:]:
         config = row.config(table, selectors.Budget(((1.0,),)))
+        if row.preset is not None:
+            continue
         kept = [
             lf.plan_selection(3, 3 * (i + 2), table.frame_tokens, sparsity=s, hierarchy=False,
                               block_k=table.block_k)[1] if s else 0
@@ -73,6 +76,20 @@ def test_rows_are_unique_and_their_settings_hold(table):
     assert (frames.score, frames.hierarchy) == ("mass", True)
     paper = next(r for r in made if r.name == "hsa cag").config(table)
     assert (paper.score, paper.hierarchy, paper.keep_frames) == ("mean", True, 6)
+
+
+@pytest.mark.parametrize("table", _rules.TABLES.values(), ids=str)
+def test_presets_are_rows_as_they_are_shipped(table):
+    made = {r.preset: r for r in _rules.rows(table, selectors.names()) if r.preset}
+    assert list(made) == ["paper", "fast", "balanced", "quality"]
+    for name, row in made.items():
+        config, shipped = row.config(table), lf.Config.preset(name)
+        alike = {"block_q", "block_k", "num_frames", "frames_per_chunk"}
+        changed = {k for k, v in config.to_dict().items() if v != shipped.to_dict()[k]}
+        assert changed <= (alike if table.view == 64 else alike - {"block_q", "block_k"})
+        assert len(row.kept) == 6 and row.selector == ("hsa" if name == "paper" else "mass")
+    assert made["paper"].kept == table.counts("cag")
+    assert sum(made["fast"].kept) < sum(made["balanced"].kept) < sum(made["quality"].kept)
 
 
 def test_one_sparse_chunk_at_a_time():
@@ -110,6 +127,12 @@ def test_a_row_counts_what_was_kept_and_differs(exam):
     batch = quality.Exam(exam.model, exam.clips, SMALL, 3)
     again = batch.run(row)  # other batches, the same noise
     assert again["scores"]["all"] == pytest.approx(made["scores"]["all"], abs=2e-3)
+
+
+def test_a_preset_keeps_the_blocks_that_its_row_says(exam):
+    made = exam.run(_rules.preset_row("quality", SMALL))
+    assert made["kept"] == made["planned"] and made["settings"]["law"] == lf.Config.preset(
+        "quality").law  # fmt: skip
 
 
 def test_a_costly_row_takes_the_first_clips(exam):
@@ -166,14 +189,21 @@ def test_rows_are_run_once_and_in_time(exam, tmp_path):
                                                       "seconds": 100.0})  # fmt: skip
     fresh = _paired.Store(tmp_path / "s.jsonl", {})
     quality.run_rows(slow, todo, fresh, 50.0, said.append)
-    assert fresh.names == ["dense"] and said[-1] == "no time left before mean cag"
+    assert fresh.names == ["dense"] and said[-1] == "no time left for mean cag"
+    short = [*todo, _rules.Row("less", "main", "mean", SMALL.counts("cag"), clips=0.25)]
+    quality.run_rows(slow, short, _paired.Store(tmp_path / "t.jsonl", {}), 50.0, said.append)
+    assert [line.split()[0] for line in said[-3:]] == ["dense", "no", "less"]
 
 
 def test_only():
     every = _rules.rows(_rules.TABLES[64], selectors.names())
     picked = [r.name for r in quality.chosen(every, ["mass count", "sta"])]
     assert picked == ["dense", "mass count", "sta cag", "sta count"]
-    with pytest.raises(ValueError, match="no row best; there are dense, mass count"):
+    key = [r.name for r in quality.chosen(every, ["key"])]
+    assert key == ["dense", "mean uniform", "mean cag", "mean count", "hsa cag", "mass cag",
+                   "mass count"]  # fmt: skip
+    assert {r.group for r in quality.chosen(every, ["presets"])[1:]} == {"presets"}
+    with pytest.raises(ValueError, match="no row best; there are dense, mean uniform"):
         quality.chosen(every, ["best"])
 
 
@@ -259,6 +289,56 @@ def test_two_runs_beside_each_other(tmp_path):
         store.put("dense", clips=2, scores=scores)
     lines = _quality_report.beside(ours, _paired.load_rows(tmp_path / "b.jsonl"), "b")
     assert len(lines) == 4 and lines[3].split()[:3] == ["dense", "2", "+0.50"]
+
+
+# ---- several trainings -----------------------------------------------------------------------
+
+
+def training(path, weights, dense, hsa, **more):
+    """Finished rows of one training: dense and hsa, three clips, ``all`` given."""
+    facts = dict(weights=weights, view=64, seed=0, sweep="quick", clips=3, commit="c", device="d")
+    store = _paired.Store(path, facts | more)
+    for name, values in (("dense", dense), ("hsa cag", hsa)):
+        scores = {n: list(values) for n in ("bare", "back", "all", "glyph_easy", "glyph_hard")}
+        store.put(name, clips=len(values), scores=scores)
+    return path
+
+
+def test_trainings_are_joined_by_hand(tmp_path, capsys):
+    a = training(tmp_path / "rows.jsonl", "w0", [20.0, 21, 22], [19.0, 20, 21])  # -1
+    training(a, "w1", [30.0, 31, 32], [29.0, 29, 29])  # -2
+    b = training(tmp_path / "b.jsonl", "w2", [10.0, 11, np.nan], [7.0, 8, np.nan])  # -3
+    assert quality.main(["--join", str(a), str(b), "--results", str(tmp_path / "joined")]) == 0
+    made = json.loads((tmp_path / "joined.json").read_text())
+    assert [t["weights"] for t in made["trainings"]] == ["w0", "w1", "w2"]
+    (row,) = made["rows"]
+    assert row["name"] == "hsa cag"
+    assert [e[0] for e in row["all"]["each"]] == [-1, -2, -3]
+    assert (row["all"]["low"], row["all"]["high"], row["all"]["spread"]) == (-3, -1, 1)
+    assert row["all"]["each"][1] == [-2, -3, -1]  # over the clips of a training
+    shown = capsys.readouterr().out
+    assert "hsa cag - dense             -2.00 (-3.00 to -1.00)" in shown
+    assert (tmp_path / "joined.txt").read_text().strip() == shown.strip()
+
+
+def test_what_cannot_be_joined_is_told(tmp_path, capsys):
+    a = training(tmp_path / "a.jsonl", "w0", [20.0], [19.0])
+    assert quality.main(["--join", str(a)]) == 2
+    assert "expected rows of at least two trainings, got 1" in capsys.readouterr().err
+    b = training(tmp_path / "b.jsonl", "w1", [20.0], [19.0], view=128)
+    assert quality.main(["--join", str(a), str(b)]) == 2
+    assert "--join: expected rows of one view, got 64 and 128" in capsys.readouterr().err
+
+
+def test_a_plan_adds_up_the_seconds_of_an_earlier_run(tmp_path, capsys):
+    store = _paired.Store(tmp_path / "r.jsonl", {"view": 64})
+    for name, clips, seconds in (("dense", 4, 9.0), ("mass count", 4, 8.0), ("mass cag", 4, 4.0)):
+        store.put(name, clips=clips, seconds=seconds, scores={})
+    arguments = ["--plan", str(store.path), "--clips", "8", "--only", "mass count", "mass cag"]
+    assert quality.main(arguments) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[-2] for line in lines] == ["8.0", "16.0", "24.0"]  # a second a clip
+    assert quality.main([*arguments, "--view", "128"]) == 2
 
 
 # ---- captured calls ------------------------------------------------------------------------
