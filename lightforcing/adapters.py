@@ -75,6 +75,10 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def heads(self, layer) -> int | None:
+        """Attention heads of a layer; None where it does not tell."""
+        return None
+
     def install(self, layer, user) -> None:
         """Send the dense call inside ``layer.forward`` through :func:`lightforcing.hook.route`.
 
@@ -150,6 +154,10 @@ class GlobalAttention(Adapter):
             _attribute(layer, "token_order") or "raster",
             sink if isinstance(sink, int) and sink > 0 else 0,
         )
+
+    def heads(self, layer):
+        """``num_heads``, which the contract asks for."""
+        return _integer(layer.num_heads)
 
     def install(self, layer, user):
         """Replace the name in the namespaces that the class's methods look it up in."""

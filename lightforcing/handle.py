@@ -121,6 +121,13 @@ class Handle:
             raise ValueError(
                 f"budget: expected shares for {self.depth} layers, the patched ones, got {layers}"
             )
+        for hooked in self.hooks if layers else ():
+            heads, given = self.adapter.heads(hooked.module), len(config.budget.shares[0])
+            if heads not in (None, given):
+                raise ValueError(
+                    f"budget: expected shares for {heads} heads, as layer {hooked.layer} has, "
+                    f"got {given}"
+                )
         self.config = config
         self.reset()
 

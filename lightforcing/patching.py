@@ -69,10 +69,16 @@ def patch(target, preset="balanced", *, sparsity=None, config=None, strict=False
     if handle is not None and type(handle.adapter) is not type(adapter):
         handle.unpatch()  # patched before this adapter was registered
         handle = None
-    if handle is None:
+    fresh = handle is None
+    if fresh:
         handle = Handle(config, adapter)
     handle.take(layers, modules)
-    handle.update(config)
+    try:
+        handle.update(config)
+    except (TypeError, ValueError):  # settings that these layers contradict
+        if fresh:
+            handle.unpatch()
+        raise
     return handle
 
 

@@ -157,11 +157,20 @@ def test_settings_survive_json(selector):
         ({"budget": [[1, -1]]}, ValueError, "budget: shares: expected"),
         ({"budget": [[1]], "hierarchy": True}, ValueError, "budget: expected hierarchy=False"),
         ({"budget": [[1, 2]]}, ValueError, "budget: expected shares for 2 layers, .* got 1"),
+        ({"budget": [[1] * 3] * 2}, ValueError, "for 2 heads, as layer 0 has, got 3"),
+        ({"dense_layers": [2]}, ValueError, "dense_layers: expected layers of the 2 patched ones"),
     ],
 )
 def test_settings_that_cannot_be(settings, error, words):
+    model = make()
     with pytest.raises(error, match=words):
-        lf.patch(make(), **SETTINGS, **settings)
+        lf.patch(model, **SETTINGS, **settings)
+    assert lf.handle_of(model) is None
+    handle = lf.patch(model, **SETTINGS)
+    before = handle.config
+    with pytest.raises(error, match=words):
+        lf.patch(model, **SETTINGS, **settings)
+    assert handle.active and handle.config == before
 
 
 def test_a_selector_without_the_grid_it_needs_is_a_reason(monkeypatch):
