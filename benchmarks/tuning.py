@@ -1,16 +1,18 @@
 """Does tuning close the gap? The world model tuned briefly under each rule, then examined under it.
 
-    python benchmarks/tuning.py [--rules "hsa cag" "mass count" ...] [--seconds 60] [--clips N]
-                                [--weights FOLDER] [--out FOLDER] [--results FILE]
+    python benchmarks/tuning.py [--rules "mass count" "hsa cag" ...] [--seconds 60] [--clips N]
+                                [--weights FOLDER] [--out FOLDER] [--results PREFIX]
 
 Sparse attention is published with weights that were tuned for it. Here each rule starts from the
-same weights and tunes for the same time on the same clips, its attention masked by the lists that
+same weights and tunes for as many steps on the same clips, its attention masked by the lists that
 the rule chooses for the queries and keys of the moment; a dense arm of the same length is the
-control. Then every tuned model continues the exam clips under its own rule and dense. Blocks are
+control. The first rule has --seconds, the others as many steps as it took (--clock gives each the
+same time instead). Then every tuned model continues the exam clips under every rule. Blocks are
 those of the quality table (64 px, 16 tokens); no list has a gradient, what it keeps has.
 
 In training the attention is plain torch under a mask, much slower than the kernels: it is about
-what is learned, not about speed.
+what is learned, not about speed. A rule that is done is kept in --out, and not tuned again at the
+same commit with the same weights and settings.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _paired import difference, interval, show
-from _rules import TABLES, Row, rows
+from _paired import Store, difference, digest, interval, show
+from _rules import TABLES, rows
 from quality import Exam, facts
 
 from lightforcing import selectors
@@ -34,7 +36,7 @@ from lightforcing.world.data import CHUNK, EXAM_SEED, clips
 from lightforcing.world.layout import Layout
 from lightforcing.world.muon import Muon
 
-RULES = ("dense", "mean uniform", "mean cag", "hsa cag", "mass count")
+RULES = ("mass count", "hsa cag", "dense")
 FIRST = 1 << 40  # seeds of the clips to tune on; training takes smaller ones, exams larger ones
 RATE, WARM_UP, DECAY, EMA = 0.004, 10, 0.4, 0.98  # a fifth of the training's rate
 MATRICES = ("self_attn.q.", "self_attn.k.", "self_attn.v.", "self_attn.o.", "ffn.0.", "ffn.2.")
@@ -137,57 +139,103 @@ def tune(model, table, row, *, seconds, steps=10**9, batch=16, seed=0, report=No
     return average.requires_grad_(False).eval(), step
 
 
-def run(model, table, arms, exam_clips, args, report):
-    """Tune and examine every arm; a dict a rule with its scores under its own rule and dense."""
+def run(model, table, arms, exam_clips, args, report, store=None):
+    """Tune every arm, and examine it under every rule.
+
+    Args:
+        model: a world model in float32.
+        table: block sizes and resolution.
+        arms: ``_rules.Row``s; the first one's steps hold for the others unless ``args.clock``.
+        exam_clips: to examine with.
+        args: of :func:`main`.
+        report: called with a line now and then.
+        store: a ``_paired.Store`` of finished arms; None keeps them in memory only.
+
+    Returns:
+        {rule: steps, seconds, ``before`` (the untuned model's scores under the rule) and ``after``
+        (the tuned one's, by the rule it runs under)}.
+    """
     device = model.device
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    found = {}
+    found, steps = {}, args.steps
 
     def scores(weights, row):
         exam = Exam(copy.deepcopy(weights).to(dtype), exam_clips, table, args.batch, args.seed)
         return exam.run(row)["scores"]
 
-    dense = Row("dense")
     for row in arms:
-        before = scores(model, row)
-        tuned, steps = tune(
-            model, table, row, seconds=args.seconds, steps=args.steps, batch=args.step_clips,
-            seed=args.seed, report=report,
-        )  # fmt: skip
-        after = scores(tuned, row)
-        found[row.name] = {
-            "steps": steps,
-            "before": before,
-            "after": after,
-            "after_dense": after if row.selector is None else scores(tuned, dense),
-        }
-        report(f"{row.name}: {steps} steps")
+        arm = None if store is None else store.get(row.name)
+        if arm is None:
+            before, begin = scores(model, row), time.perf_counter()
+            limit = args.seconds if args.clock or not found else float("inf")
+            tuned, took = tune(
+                model, table, row, seconds=limit, steps=steps, batch=args.step_clips,
+                seed=args.seed, report=report,
+            )  # fmt: skip
+            seconds = time.perf_counter() - begin
+            after = {other.name: scores(tuned, other) for other in arms}
+            arm = dict(steps=took, seconds=round(seconds, 1), before=before, after=after)
+            if store is not None:
+                arm = store.put(row.name, **arm)
+            report(f"{row.name}: {took} steps in {seconds:.1f} s")
+        found[row.name] = arm
+        if not args.clock:
+            steps = found[arms[0].name]["steps"]
     return found
 
 
 def text(found):
-    """Lines: each rule before and after its tuning, and against dense tuned for the same time."""
-    lines = [f"{'rule':16}{'steps':>6}  {'region':8}{'untuned':>9}{'tuned':>8}  "
+    """Lines: each rule before and after its tuning, and every tuned model under every rule."""
+    lines = [f"{'tuned, run under':16}{'steps':>6}  {'region':8}{'untuned':>9}{'tuned':>8}  "
              f"{'gained [95 %]':24}{'- dense, untuned':24}{'- dense, both tuned':24}"]  # fmt: skip
     control = found.get("dense")
     for name, arm in found.items():
+        here = {"before": arm["before"], "after": arm["after"][name]}
         for region in ("bare", "back", "all"):
-            before, after = (arm[k][region] for k in ("before", "after"))
+            before, after = (here[k][region] for k in ("before", "after"))
             means = [interval(x)[0] for x in (before, after)]
             cells = "".join("-".rjust(w) if m is None else f"{m:{w}.2f}"
                             for m, w in zip(means, (9, 8), strict=True))  # fmt: skip
             against = ["", ""]
             if control is not None and arm is not control:
-                against = [show(difference(arm[k][region], control[k][region]))
-                           for k in ("before", "after")]  # fmt: skip
+                dense = {"before": control["before"], "after": control["after"]["dense"]}
+                against = [show(difference(here[k][region], dense[k][region])) for k in here]
             head = f"{name:16}{arm['steps']:>6}" if region == "bare" else " " * 22
             lines.append(f"{head}  {region:8}{cells}  {show(difference(after, before)):24}"
                          f"{against[0]:24}{against[1]:24}".rstrip())  # fmt: skip
-        right = [f"{k} {sum(arm[k]['glyph_easy']) / len(arm[k]['glyph_easy']):.2f} "
-                 f"{sum(arm[k]['glyph_hard']) / len(arm[k]['glyph_hard']):.2f}"
-                 for k in ("before", "after")]  # fmt: skip
+        right = [f"{k} {_share(here[k]['glyph_easy'])} {_share(here[k]['glyph_hard'])}"
+                 for k in here]  # fmt: skip
         lines.append(f"{'':24}glyphs {', '.join(right)}")
+    for region in ("bare", "back", "all"):
+        lines += ["", f"{region}, dB: tuned under a rule (lines), run under another (columns)"]
+        lines.append(f"{'':16}" + "".join(f"{name:>14}" for name in found))
+        untuned = "".join(_mean(arm["before"][region]) for arm in found.values())
+        lines.append(f"{'untuned':16}{untuned}")
+        for name, arm in found.items():
+            cells = "".join(_mean(arm["after"][other][region]) for other in found)
+            lines.append(f"{name:16}{cells}")
+    others = [n for n in found if n != "dense"]
+    pairs = [(a, b) for a in others for b in others if a != b]
+    if pairs:
+        lines += ["", "paired differences, 95 % over clips"]
+        lines.append(f"{'':54}" + "".join(f"{n:24}" for n in ("bare", "back", "all")).rstrip())
+    for a, b in pairs:
+        for label, one, two in (
+            (f"{a} - {b}, each tuned for itself", found[a]["after"][a], found[b]["after"][b]),
+            (f"tuned under {b}: {a} - {b}", found[b]["after"][a], found[b]["after"][b]),
+        ):
+            cells = [show(difference(one[n], two[n])) for n in ("bare", "back", "all")]
+            lines.append(f"{label:54}" + "".join(f"{c:24}" for c in cells).rstrip())
     return lines
+
+
+def _mean(values):
+    mean = interval(values)[0]
+    return "-".rjust(14) if mean is None else f"{mean:14.2f}"
+
+
+def _share(values):
+    return f"{sum(values) / len(values):.2f}"
 
 
 def main(argv=None):
@@ -196,8 +244,9 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--rules", nargs="+", default=RULES, metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=60, help="of tuning a rule; default: 60")
+    parser.add_argument("--rules", nargs="+", default=RULES, metavar="NAME", help="slowest first")
+    parser.add_argument("--seconds", type=float, default=60, help="of the first rule; default: 60")
+    parser.add_argument("--clock", action="store_true", help="seconds for each rule, not its steps")
     parser.add_argument("--steps", type=int, default=10**9, help="at most so many")
     parser.add_argument("--step-clips", type=int, default=16, help="clips a step; default: 16")
     parser.add_argument("--clips", type=int, default=128, help="to examine; default: 128")
@@ -206,7 +255,8 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="what to write where there is no git")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="JSON")
+    parser.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rules")
+    parser.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json and .txt")
     args = parser.parse_args(argv)
     from lightforcing import world
 
@@ -221,11 +271,23 @@ def main(argv=None):
 
     model = world.load_world(args.weights, device=args.device, dtype=torch.float32)
     exam_clips = clips(range(EXAM_SEED, EXAM_SEED + args.clips), device=args.device)
-    found = run(model, table, [every[n] for n in args.rules], exam_clips, args, report)
-    print("\n".join(text(found)))
+    settings = ("rules", "seconds", "clock", "steps", "step_clips", "clips", "seed")
+    key = facts(args) | {"weights": digest(model)} | {n: getattr(args, n) for n in settings}
+    store = Store(args.out / "tuning.jsonl", key)
+    found = run(model, table, [every[n] for n in args.rules], exam_clips, args, report, store)
+    head = [
+        "{device}; commit {commit}, weights {weights}, torch {torch}".format(**key),
+        f"64 px, {args.clips} clips, {args.step_clips} clips a step; seconds of tuning: "
+        + ", ".join(f"{name} {arm['seconds']:.0f}" for name, arm in found.items()),
+        "",
+    ]
+    shown = "\n".join(head + text(found))
+    print(shown)
     if args.results:
-        record = {"facts": facts(args), "seconds": args.seconds, "rules": found}
-        args.results.write_text(json.dumps(record) + "\n")
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        record = {"facts": store.key, "rules": found}
+        args.results.with_suffix(".json").write_text(json.dumps(record) + "\n")
+        args.results.with_suffix(".txt").write_text(shown + "\n")
     return 0
 
 

@@ -14,11 +14,13 @@ from lightforcing.world.layout import Layout
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import _paired  # noqa: E402
 import _rules  # noqa: E402
 import tuning  # noqa: E402
 
 SMALL = _rules.Table(32, 16, 16, 2)
 MASS = _rules.Row("mass count", selector="mass", kept=SMALL.counts("count"))
+HSA = _rules.Row("hsa cag", selector="hsa", kept=SMALL.counts("cag"))
 
 
 def sequence(seed=0):
@@ -65,18 +67,64 @@ def test_gradients_pass_through_what_is_kept():
 def test_tuning_moves_a_copy_and_the_report_has_every_rule():
     model = tiny_model()
     before = {n: w.clone() for n, w in model.state_dict().items()}
-    arms = [_rules.Row("dense"), MASS]
-    args = SimpleNamespace(seconds=1e9, steps=3, step_clips=1, batch=2, seed=0)
+    arms = [MASS, HSA, _rules.Row("dense")]
+    args = SimpleNamespace(seconds=1e9, steps=3, step_clips=1, batch=2, seed=0, clock=False)
     said = []
     found = tuning.run(model, SMALL, arms, world.clips(2, view=32), args, said.append)
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
-    assert [found[r.name]["steps"] for r in arms] == [3, 3]
-    assert said[1::2] == ["dense: 3 steps", "mass count: 3 steps"]
-    for arm in found.values():
-        assert arm["before"]["all"] != arm["after"]["all"]
+    assert [found[r.name]["steps"] for r in arms] == [3, 3, 3]
+    assert said[1].startswith("mass count: 3 steps in ")
+    for name, arm in found.items():
+        assert arm["before"]["all"] != arm["after"][name]["all"]
+        assert list(arm["after"]) == list(found)
     lines = tuning.text(found)
-    assert sum(line.startswith("mass count") for line in lines) == 1
-    assert len(lines) == 1 + 2 * 4
+    assert sum(line.startswith("mass count  ") for line in lines) == 1 + 3
+    both = next(x for x in lines if x.startswith("tuned under hsa cag: mass count - hsa cag"))
+    difference = sum(found["hsa cag"]["after"]["mass count"]["all"])
+    difference -= sum(found["hsa cag"]["after"]["hsa cag"]["all"])
+    assert f"{difference / 2:+.2f}" in both
+
+
+def test_later_rules_take_the_first_ones_steps_unless_by_the_clock(monkeypatch):
+    asked = []
+
+    def tune(model, table, row, *, seconds, steps, **_):
+        asked.append((row.name, seconds, steps))
+        return model, 7
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(tuning.Exam, "run", lambda *_: {"scores": {}})
+    args = SimpleNamespace(seconds=60, steps=100, step_clips=1, batch=2, seed=0, clock=False)
+    arms, exam = [MASS, HSA], world.clips(1, view=32)
+    tuning.run(tiny_model(), SMALL, arms, exam, args, print)
+    assert asked == [("mass count", 60, 100), ("hsa cag", float("inf"), 7)]
+    asked.clear()
+    args.clock = True
+    tuning.run(tiny_model(), SMALL, arms, exam, args, print)
+    assert asked == [("mass count", 60, 100), ("hsa cag", 60, 100)]
+
+
+def test_a_finished_rule_is_not_tuned_again(tmp_path, monkeypatch):
+    model, exam, arms = tiny_model(), world.clips(1, view=32), [MASS, _rules.Row("dense")]
+    args = SimpleNamespace(seconds=1e9, steps=2, step_clips=1, batch=2, seed=0, clock=False)
+    store = _paired.Store(tmp_path / "t.jsonl", {"commit": "a"})
+    tuned, original, broken = [], tuning.tune, True
+
+    def tune(model, table, row, **more):
+        if broken and row.selector is None:
+            raise RuntimeError("out of time")
+        tuned.append(row.name)
+        return original(model, table, row, **more)
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    with pytest.raises(RuntimeError, match="out of time"):
+        tuning.run(model, SMALL, arms, exam, args, print, store)
+    broken = False
+    again = _paired.Store(tmp_path / "t.jsonl", {"commit": "a"})
+    found = tuning.run(model, SMALL, arms, exam, args, print, again)
+    assert tuned == ["mass count", "dense"]
+    assert found["mass count"]["steps"] == found["dense"]["steps"] == 2
+    assert tuning.text(found)
 
 
 def test_the_loss_falls_under_the_rule():
