@@ -16,6 +16,8 @@ from lightforcing.selectors import make, names
 PSNR = ("bare", "back", "all")  # the sharp ones first: sprites hide what attention does in `all`
 FAR = -6.0  # dB: worse rows are numbers in the picture
 # (what is asked, minuend, subtrahend); a row that is missing leaves its line out.
+RIVALS = ("mean", "hsa", "sta", "radial", "vmoba", "vsa", "vsa-cube", "sparge", "sparge-topp",
+          "sparge-sim", "random")  # fmt: skip
 QUESTIONS = {
     "H2, schedules at equal totals": [
         ("mean cag", "mean uniform"),
@@ -25,16 +27,15 @@ QUESTIONS = {
         ("hsa count", "hsa cag"),
         ("mass cag", "mass uniform"),
         ("mass count", "mass cag"),
+        ("mass cag", "mass reversed"),
+        ("mass-fine count", "mass-fine cag"),
         ("oracle count", "oracle cag"),
+        ("mass count keep 0.05", "mass cag keep 0.05"),
+        ("mass count keep 0.2", "mass cag keep 0.2"),
+        ("mass count keep 0.3", "mass cag keep 0.3"),
     ],
     "H3, the paper's frame stage against others at its schedule": [
-        ("hsa cag", "mean cag"),
-        ("hsa cag", "sta cag"),
-        ("hsa cag", "radial cag"),
-        ("hsa cag", "vmoba cag"),
-        ("hsa cag", "vsa cag"),
-        ("hsa cag", "sparge cag"),
-        ("hsa cag", "random cag"),
+        *(("hsa cag", f"{name} cag") for name in RIVALS if name != "hsa"),
         ("mass cag frames", "mass cag"),
     ],
     "H4, frames kept by the frame stage": [
@@ -43,11 +44,14 @@ QUESTIONS = {
         ("hsa cag 12/1/2", "hsa cag"),
         ("hsa cag 6/0/0", "hsa cag"),
     ],
-    "Ours": [
-        ("mass cag", "mean cag"),  # the score alone
-        ("mass cag", "hsa cag"),
+    "Ours against the others, at the paper's schedule": [
+        *(("mass cag", f"{name} cag") for name in RIVALS),
+        ("mass cag", "lse cag"),
         ("mass cag", "oracle cag"),
-        ("mass-fine count", "oracle cag"),
+        ("mass-fine cag", "mass cag"),
+        ("mass-fine cag", "oracle cag"),
+    ],
+    "Ours, switches": [
         ("mass count", "hsa cag"),
         ("mass count", "mean count"),
         ("mass count", "lse count"),
@@ -56,11 +60,18 @@ QUESTIONS = {
         ("mass count budget", "mass count"),
         ("mass count guarantee", "mass count"),
         ("mass count refresh 2", "mass count"),
+        ("mass-fine cag refresh 2", "mass-fine cag"),
         ("mass count frames", "mass count"),
         ("mass count raster", "mass count"),
         ("mean cag raster", "mean cag"),
         ("mass count q128", "mass count"),
+        ("mean cag q128", "mean cag"),
         ("hsa cag q128", "hsa cag"),
+    ],
+    "Presets as shipped": [
+        ("preset fast", "preset paper"),
+        ("preset balanced", "preset fast"),
+        ("preset quality", "preset balanced"),
     ],
 }
 

@@ -57,7 +57,11 @@ def _product(q, keys, scale, work):
     import torch
 
     if q.is_cuda and q.dtype != work:
+        # A power of two (heads of 64: 1/8) only moves the exponent: a third less traffic.
+        early = math.frexp(scale)[0] == 0.5
         with contextlib.suppress(TypeError):  # before torch 2.8
+            if early:
+                return torch.bmm(q * scale, keys, out_dtype=work)
             return torch.bmm(q, keys, out_dtype=work).mul_(scale)
     return (q.to(work) * scale) @ keys.to(work)
 
