@@ -1,7 +1,7 @@
 """How much faster the DiT of an unmodified Self Forcing checkout makes a 5 s video when patched.
 
     python benchmarks/self_forcing.py PATH [--preset paper --preset fast] [--rounds 3] [--json FILE]
-                                      [--share FILE]
+                                      [--profile] [--share FILE]
 
 PATH is a checkout of Self Forcing (its files are read, never written). Its own pipeline and chunk
 loop run at the released size: 1.3B, 30 layers, 12 heads of 128, 21 latent frames of 60 x 104 (1560
@@ -12,9 +12,11 @@ scheduler. Dense attention is the checkout's own fallback, torch's SDPA, with cu
 Videos take turns: dense, each preset, and one whose self-attention is left out (the queries are
 returned), which no faster attention can beat: that is the limit of patching attention alone. The
 loop reads a counter back from the GPU in every layer, so the GPU waits while the host launches the
-next kernels; `busy` is the sum of all kernels of one chunk (the last) against its wall time, from
-torch.profiler, and says how much of the limit is the host's. `--share` also times every attention
-call, chunk by chunk, for the picture of attention_share.py.
+next kernels. `--profile` makes one more video of each after the first round and says of its last
+chunk, from torch.profiler, what share of the wall time the GPU was busy, in kernels of which kind
+(attention includes cross-attention), and which kernels took longest; the wall time is that of the
+same chunk without the profiler. `--share` also times every attention call, chunk by chunk, for the
+picture of attention_share.py. Both come after the first round, so that no budget cuts them off.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import statistics
 import sys
 import time
@@ -44,6 +47,12 @@ import lightforcing as lf  # noqa: E402
 RELEASED = dict(dim=1536, heads=12, ffn=8960, freq=256, text=4096, height=60, width=104, chunks=7)
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 FREE = "no self-attention"
+KINDS = {  # by what a kernel's name holds, the first that fits
+    "attention": r"attend(_sm90)?_kernel|sdpa|flash|fmha",
+    "selection": r"\b(choose|mean_scores|pair|pair_sm90|pool|compress)_kernel",
+    "products": r"gemm|nvjet|cutlass|xmma|cublas",
+    "other": "",
+}
 
 
 class Clock:
@@ -112,18 +121,50 @@ def video(name, rollout, clock, wanted=None):
     return end - begin, chunks, stats, finite
 
 
-def kernels(profiled):
-    """Kernels of a profile: number, seconds in all, and the longest by name."""
-    events = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    seconds, count = Counter(), Counter()
-    for event in events:
-        seconds[event.name] += event.time_range.elapsed_us() * 1e-6
-        count[event.name] += 1
+def kind(kernel):
+    """What a kernel of this name is for."""
+    return next(name for name, held in KINDS.items() if re.search(held, kernel))
+
+
+def summary(events):
+    """What the GPU did.
+
+    Args:
+        events: (name, begin, end) of every kernel and copy, microseconds.
+
+    Returns:
+        A dict: ``kernels``, their number; ``busy_ms``, during which one ran or several;
+        ``kinds_ms``, sums by :data:`KINDS`; ``longest``, eight names with calls and ms.
+    """
+    spent, count, busy, until = Counter(), Counter(), 0.0, float("-inf")
+    for name, begin, end in sorted(events, key=lambda e: e[1:]):
+        spent[name] += end - begin
+        count[name] += 1
+        busy += max(0.0, end - max(begin, until))  # a kernel may begin in the last one's tail
+        until = max(until, end)
+    kinds = dict.fromkeys(KINDS, 0.0)
+    for name, us in spent.items():
+        kinds[kind(name)] += us * 1e-3
     longest = [
-        {"kernel": name[:90], "calls": count[name], "ms": 1e3 * s}
-        for name, s in seconds.most_common(8)
+        {"kernel": name[:90], "calls": count[name], "ms": us * 1e-3}
+        for name, us in spent.most_common(8)
     ]
-    return {"kernels": len(events), "busy_ms": 1e3 * sum(seconds.values()), "longest": longest}
+    return {
+        "kernels": sum(count.values()),
+        "busy_ms": busy * 1e-3,
+        "kinds_ms": kinds,
+        "longest": longest,
+    }
+
+
+def kernels(profiled):
+    """The :func:`summary` of a profile."""
+    cuda = torch.autograd.DeviceType.CUDA
+    return summary(
+        (e.name, e.time_range.start, e.time_range.end)
+        for e in profiled.events()
+        if e.device_type == cuda
+    )
 
 
 def released(path, layers=30):
@@ -171,6 +212,19 @@ def run(options, record, save):
                 record["counts"][name] = {n: stats[n] for n in kept}
             print(f"{name}: {spent:.3f} s{'' if finite else ', not finite'}", flush=True)
             save(record)
+        if turn:
+            continue
+        if options.profile:
+            profiles(names, rollout, clock, record, budget, save)
+        if options.share and not budget.spent():
+            from attention_share import checkout_videos, saved
+
+            videos = checkout_videos(rollout, options.preset)
+            saved(options.share, "Self Forcing 1.3B", record["environment"], videos)
+
+
+def profiles(names, rollout, clock, record, budget, save):
+    """Fill ``last_chunk``: a video of each name, its last chunk under the profiler."""
     last = (rollout.size.chunks - 1) * clock.forwards
     for name in names:
         if budget.spent():
@@ -178,15 +232,13 @@ def run(options, record, save):
         wall = 1e3 * record["chunk_seconds"][name][-1]
         try:
             video(name, rollout, clock, (last, last + clock.forwards - 1))
-            record["last_chunk"][name] = kernels(clock.profiled) | {"wall_ms": wall}
-        except Exception as error:  # the times above are worth keeping without a profile
+            row = record["last_chunk"][name] = kernels(clock.profiled) | {"wall_ms": wall}
+            print(
+                f"{name}: busy {row['busy_ms']:.0f} of {wall:.0f} ms in its last chunk", flush=True
+            )
+        except Exception as error:  # the times are worth keeping without a profile
             print(f"no profile of {name}: {type(error).__name__}: {error}", flush=True)
         save(record)
-    if options.share and not budget.spent():
-        from attention_share import checkout_videos, saved
-
-        videos = checkout_videos(rollout, options.preset)
-        saved(options.share, "Self Forcing 1.3B", record["environment"], videos)
 
 
 def text(record):
@@ -208,13 +260,26 @@ def text(record):
         lines.append(
             f"{name:<20} {spent:>8.3f} {pictures / spent:>6.1f} {dense / spent:>8.2f}   {chunks}"
         )
-    lines.append(f"{'last chunk':<20} {'wall ms':>8} {'busy':>8} {'kernels':>8}")
-    for name, row in record["last_chunk"].items():
+    return "\n".join(lines + profile_lines(record["last_chunk"]))
+
+
+def profile_lines(rows):
+    """The table of the profiles, and under it the longest kernels of each."""
+    if not rows:
+        return []
+    kinds = " ".join(f"{name:>9}" for name in KINDS)
+    lines = [f"{'last chunk, ms':<20} {'wall':>8} {'GPU busy':>14} {kinds} {'kernels':>8}"]
+    for name, row in rows.items():
+        kinds = " ".join(f"{ms:>9.1f}" for ms in row["kinds_ms"].values())
+        share = row["busy_ms"] / row["wall_ms"]
         lines.append(
-            f"{name:<20} {row['wall_ms']:>8.1f} {row['busy_ms']:>8.1f} {row['kernels']:>8}"
+            f"{name:<20} {row['wall_ms']:>8.1f} {row['busy_ms']:>8.1f} {share:>5.0%} {kinds} "
+            f"{row['kernels']:>8}"
         )
+    for name, row in rows.items():
+        lines.append(f"longest of {name}: ms, calls, kernel")
         lines += [f"    {k['ms']:>8.2f} {k['calls']:>6}  {k['kernel']}" for k in row["longest"]]
-    return "\n".join(lines)
+    return lines
 
 
 def arguments(argv):
@@ -229,6 +294,7 @@ def arguments(argv):
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=300, help="begin no further part after")
+    parser.add_argument("--profile", action="store_true", help="kernels of the last chunk")
     parser.add_argument("--share", type=Path, metavar="FILE", help="JSON for attention_share.py")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
