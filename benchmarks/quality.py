@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -223,7 +224,7 @@ def facts(args):
     cuda = args.device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name(args.device) if cuda else cpu_name(),
-        "commit": args.commit or commit(),
+        "commit": args.commit or os.environ.get("LIGHTFORCING_COMMIT") or commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -264,7 +265,7 @@ def parser():
     made.add_argument("--judged", type=int, default=None, help="clips for recall; 0: none")
     made.add_argument("--seed", type=int, default=0, help="of the noise")
     made.add_argument("--sweep", choices=["quick", "slow"], default="quick", help="of the clips")
-    made.add_argument("--commit", help="what to write where there is no git")
+    made.add_argument("--commit", help="where there is no git; default: LIGHTFORCING_COMMIT")
     made.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rows")
     made.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json .txt .png")
     made.add_argument("--beside", type=Path, metavar="ROWS", help="another run's finished rows")

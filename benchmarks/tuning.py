@@ -254,7 +254,7 @@ def main(argv=None):
     parser.add_argument("--weights", type=Path, help="folder of an export; default: the package's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commit", help="what to write where there is no git")
+    parser.add_argument("--commit", help="where there is no git; default: LIGHTFORCING_COMMIT")
     parser.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rules")
     parser.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json and .txt")
     args = parser.parse_args(argv)
