@@ -122,8 +122,9 @@ def test_a_file_that_runs_code_is_refused(tmp_path):
 
     file = tmp_path / "model.pt"
     torch.save({"generator": re.compile("x")}, file)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="expected weights .*, and nothing else") as refused:
         load_wan(file)
+    assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
 
 
 def without(weights, name):

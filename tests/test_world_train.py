@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -281,3 +282,54 @@ def test_the_shipped_weights_continue_a_clip():
     scores = world.metrics.score(world.rollout(model, clip), clip)
     assert scores["bare"] > 23 and scores["c1"] > 22
     assert scores["glyph_easy"] == scores["glyph_hard"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train --seconds -5", "--seconds: expected seconds, above 0"),
+        ("train --seconds nan", "--seconds: expected seconds, above 0"),
+        ("train --stages 10", "stages: expected 2 times, got 1"),
+        ("train --stages 10 -1", "--stages: expected seconds, above 0"),
+        ("train --seed -1", "--seed: expected an integer from 0"),
+        ("train --piece 0", "--piece: expected an integer from 1"),
+        ("train --folder FILE", "--folder: expected a folder, got .*, which is a file"),
+        ("train --folder RUN --model narrow", "model: expected 'tiny', that of the run in"),
+        ("train --folder RUN --model tiny --seed 7", "seed: expected .*, that of the run in"),
+        ("train --device nowhere", "--device: expected cpu, or a GPU"),
+        ("evaluate --clips 0 0", "--clips: expected an integer from 1"),
+        ("evaluate --clips 4 4 4", "--clips: expected one number, or one for each of 2 sizes"),
+        ("evaluate --view 60", "--view: expected multiples of 32, got 60"),
+        ("evaluate --view 0", "--view: expected an integer from 1"),
+        ("evaluate --batch 0", "--batch: expected an integer from 1"),
+        ("evaluate --weights FILE", "source: expected a .pt, .pth, .bin or .safetensors file"),
+        ("evaluate --weights FILE.safetensors", "source: expected a safetensors file, got"),
+        ("evaluate --weights FILE.pt", "source: expected weights that torch.save wrote"),
+        ("evaluate --json none/x.json", "--json: expected a file in a folder that is there"),
+        ("evaluate --json .", "--json: expected a file in a folder that is there"),
+        ("export --folder none", "folder: no checkpoint in none"),
+        ("export --folder RUN --out FILE", "--out: expected a folder"),
+        ("render --number -1", "--number: expected an integer from 0"),
+        ("render --rules fast nonsense", "--rules: expected some of dense, .*, got nonsense"),
+        ("render --out FILE", "--out: expected a folder, got .*, which is a file"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, words, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "file.safetensors", "file.pt"):
+        (tmp_path / name).write_text("nothing")
+    words_given = arguments.replace("RUN", str(run)).replace("FILE", str(tmp_path / "file"))
+    try:
+        status = command.main(words_given.split())
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert re.search(words, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_the_table_says_what_guessing_would_reach(run, tmp_path, capsys):
+    sizes = ["--view", "32", "--clips", "1", "--batch", "2"]
+    command.main(["evaluate", "--weights", str(run / "ema.safetensors"), *sizes])
+    told = capsys.readouterr()
+    assert "a glyph is one of 16: chance is 0.06, in % 6.25" in told.out
+    assert "32 px: 100%" in told.err and "1/1" in told.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -138,7 +139,12 @@ def _read(source) -> tuple[Mapping, dict | None]:
         return _read_safetensors(path)
     if path.suffix in (".pt", ".pth", ".bin"):
         mapped = zipfile.is_zipfile(path)  # files of the oldest format cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), None
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(
+                f"source: expected weights that torch.save wrote, and nothing else, got {path}"
+            ) from error
     raise ValueError(
         f"source: expected a .pt, .pth, .bin or .safetensors file, got {path.suffix or path.name!r}"
     )
@@ -146,12 +152,15 @@ def _read(source) -> tuple[Mapping, dict | None]:
 
 def _read_safetensors(path) -> tuple[dict, dict | None]:
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError("source: .safetensors files need `pip install safetensors`") from error
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
-        return {name: file.get_tensor(name) for name in file.keys()}, text and json.loads(text)
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(METADATA)
+            return {name: file.get_tensor(name) for name in file.keys()}, text and json.loads(text)
+    except SafetensorError as error:
+        raise ValueError(f"source: expected a safetensors file, got {path} ({error})") from error
 
 
 def _unwrap(state, weights) -> dict:

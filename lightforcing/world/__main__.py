@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..cli import number, positive, seconds
+from ..config import PRESETS
 from ..models import load_wan
 from . import evaluate, render, weights
 from .data import clips
@@ -23,6 +25,7 @@ from .train import Trainer, trained
 
 def train(options) -> int:
     """Train, or go on training; exit 3 when the time was up before the recipe was over."""
+    _new_folder(options.folder, "--folder")
     recipe = RECIPES[options.model]
     if options.stages:
         recipe = shortened(recipe, options.stages)
@@ -42,12 +45,51 @@ def _device(options):
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _sizes(options):
+    """Checks sizes and numbers of clips before minutes go into them; one number serves all."""
+    for view in options.view:
+        if view % 32:
+            raise ValueError(f"--view: expected multiples of 32, got {view}")
+    if len(options.clips) == 1:
+        options.clips = options.clips * len(options.view)
+    if len(options.clips) != len(options.view):
+        raise ValueError(
+            f"--clips: expected one number, or one for each of {len(options.view)} sizes, "
+            f"got {len(options.clips)}"
+        )
+
+
+def _new_file(path, name):
+    """Checks that a file can be written there."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ValueError(f"{name}: expected a file in a folder that is there, got {path}")
+
+
+def _new_folder(path, name):
+    """Checks that a folder is there or can be made."""
+    if path and Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"{name}: expected a folder, got {path}, which is a file")
+
+
+def device(text: str) -> str:
+    """An argument that is a device of this machine."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(
+            f"expected cpu, or a GPU that torch sees, got {text}"
+        ) from None
+    return text
+
+
 def _examined(model, options) -> list[dict]:
     """The gates at every size asked for, with a bar on stderr."""
     results = []
     for view, count in zip(options.view, options.clips, strict=True):
         batch = min(count, max(1, options.batch * 64**2 // view**2))
-        with tqdm(total=count, desc=f"{view} px", unit="clip", disable=None) as bar:
+        # Where nobody watches, a line every ten seconds at most.
+        pace = 0.1 if sys.stderr.isatty() else 10
+        with tqdm(total=count, desc=f"{view} px", unit="clip", mininterval=pace) as bar:
             results.append(
                 evaluate.gates(
                     model,
@@ -63,6 +105,8 @@ def _examined(model, options) -> list[dict]:
 
 def gates(options) -> int:
     """Examine weights; exit 1 if a gate fails."""
+    _sizes(options)
+    _new_file(options.json, "--json")
     device = _device(options)
     dtype = torch.float16 if device != "cpu" else torch.float32
     if options.weights and Path(options.weights).is_file():
@@ -80,10 +124,10 @@ def export(options) -> int:
 
     All of it is written beside its place and moved there when every gate holds; else exit 1.
     """
+    _sizes(options)
     folder = Path(options.folder)
     out = Path(options.out or folder / "export").absolute()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: expected a folder, got {out}, which is a file")
+    _new_folder(out, "--out")
     model, at = trained(folder)
     log = (folder / "log.jsonl").read_text()
     facts = weights.history([json.loads(s) for s in log.splitlines()], at, weights_of(model))
@@ -112,6 +156,11 @@ def export(options) -> int:
 
 def pictures(options) -> int:
     """Roll examination clips out, dense and under presets, and draw one of them."""
+    _new_folder(options.out, "--out")
+    if unknown := [name for name in options.rules if name not in ("dense", *PRESETS)]:
+        raise ValueError(
+            f"--rules: expected some of dense, {', '.join(PRESETS)}, got {', '.join(unknown)}"
+        )
     model = weights.load_world(options.weights, device=_device(options))
     view = options.view[0]
     clip = clips(options.number + 1, view=view, device=model.device)[options.number :]
@@ -135,21 +184,21 @@ def parser() -> argparse.ArgumentParser:
         brief = run.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=brief, description=run.__doc__, allow_abbrev=False)
         command.set_defaults(run=run)
-        command.add_argument("--device", help="cpu, cuda ...; the GPU if there is one")
+        command.add_argument("--device", type=device, help="cpu, cuda ...; the GPU if there is one")
         return command
 
     def sizes(command):
-        command.add_argument("--view", type=int, nargs="+", default=[64, 128])
-        command.add_argument("--clips", type=int, nargs="+", default=[256, 64])
-        command.add_argument("--batch", type=int, default=64, help="clips of 64 px at a time")
+        command.add_argument("--view", type=positive, nargs="+", default=[64, 128])
+        command.add_argument("--clips", type=positive, nargs="+", default=[256, 64])
+        command.add_argument("--batch", type=positive, default=64, help="clips of 64 px at a time")
 
     command = add("train", train)
     command.add_argument("--folder", default="world", help="of checkpoint, log and weights")
     command.add_argument("--model", choices=MODELS, default="narrow")
-    command.add_argument("--seconds", type=float, default=float("inf"), help="of this run")
-    command.add_argument("--stages", type=float, nargs="+", help="seconds of each stage")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--piece", type=int, help="MiB: checkpoints in files no larger")
+    command.add_argument("--seconds", type=seconds, default=float("inf"), help="of this run")
+    command.add_argument("--stages", type=seconds, nargs="+", help="seconds of each stage")
+    command.add_argument("--seed", type=number, default=0)
+    command.add_argument("--piece", type=positive, help="MiB: checkpoints in files no larger")
     command = add("evaluate", gates)
     command.add_argument("--weights", help="file or folder of an export; else those that ship")
     command.add_argument("--json", help="file for all figures")
@@ -162,8 +211,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", help="folder of an export; else those that ship")
     command.add_argument("--out", default="world-pictures")
     command.add_argument("--rules", nargs="+", default=["dense", "fast", "paper"])
-    command.add_argument("--view", type=int, nargs=1, default=[64])
-    command.add_argument("--number", type=int, default=0, help="examination clip")
+    command.add_argument("--view", type=positive, nargs=1, default=[64])
+    command.add_argument("--number", type=number, default=0, help="examination clip")
     return top
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..models import CausalWan
 from ..models.rope import apply_rope
-from .data import CHUNK, EXAM_SEED, REGIONS, Clip, clips
+from .data import CHUNK, EXAM_SEED, GLYPHS, REGIONS, Clip, clips
 from .metrics import means, psnr, score, squared_errors
 from .model import rollout
 
@@ -205,6 +205,7 @@ def table(result: dict) -> str:
     lines.append(f"{'':<12}" + "".join(f"{name[:7]:>8}" for name in columns))
     for name, row in result["rows"].items():
         lines.append(f"{name:<12}" + "".join(f"{row[key]:8.2f}" for key in columns))
+    lines.append(f"a glyph is one of {GLYPHS}: chance is {1 / GLYPHS:.2f}, in % {100 / GLYPHS:.2f}")
     for gate in result["gates"]:
         sign = ">=" if gate["least"] else "<="
         holds = "holds" if gate["ok"] else "FAILS"

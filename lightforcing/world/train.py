@@ -79,6 +79,7 @@ class Trainer:
         self._optimisers()
         state = checkpoint.load(self.folder / "checkpoint.pt", self.device)
         if state is not None:
+            self._check_run()
             self._resume(state)
         self.before = self.at["wall"]
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -138,6 +139,17 @@ class Trainer:
             draw=self.draw.get_state(),
         )
         checkpoint.save(state, self.folder / "checkpoint.pt", self.piece)
+
+    def _check_run(self):
+        """Raises where the checkpoint is of another model or seed, as its log tells."""
+        path = self.folder / "log.jsonl"
+        first = json.loads(path.read_text().partition("\n")[0]) if path.exists() else {}
+        for name, wanted in (("model", self.name), ("seed", self.seed)):
+            if first.get(name, wanted) != wanted:
+                raise ValueError(
+                    f"{name}: expected {first[name]!r}, that of the run in {self.folder}, "
+                    f"got {wanted!r}"
+                )
 
     def _resume(self, state):
         self.at.update(state["at"])
