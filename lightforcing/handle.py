@@ -238,7 +238,10 @@ class Handle:
             and decision is not None
             and decision.step is not None
             and extra is None
-            and not (_core.is_disabled() or hook.local.dense or torch.is_grad_enabled())
+            and not (_core.is_disabled() or hook.local.dense)
+            and not (
+                torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            )
         ):  # most calls: _why_dense() would find nothing, and _sparse() has nothing to measure
             out, _ = self._whole(visit, decision, q, k, v, False)
             self.record.plain(visit.hook.layer, decision)
