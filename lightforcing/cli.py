@@ -108,6 +108,8 @@ def demo(options) -> int:
     need("safetensors", "models", "demo")
     for module in ("imageio", "imageio_ffmpeg", "PIL", "tqdm"):
         need(module, "viz", "demo")
+    if os.path.exists(options.out) and not os.path.isdir(options.out):
+        raise Stop(f"--out: expected a folder, got {options.out}, which is a file")
     from . import demo as film
 
     result = film.run(options)
@@ -194,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("selftest", selftest)
     command.add_argument("--seconds", type=seconds, default=20, help="budget; default: %(default)s")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=number, default=0)
 
     command = add("explain", explain)
     add_plan(command)
@@ -223,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
         help="mean share of the key blocks left out; default: %(default)s",
     )
     command.add_argument("--clip", type=number, default=0, help="which video; default: 0")
-    command.add_argument("--seed", type=int, default=0, help="of the noise")
+    command.add_argument("--seed", type=number, default=0, help="of the noise")
     command.add_argument(
         "--view", type=int, choices=(64, 128), default=64, help="pixels of a side; default: 64"
     )
