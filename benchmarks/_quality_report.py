@@ -145,6 +145,7 @@ def text(made):
         "{view} px, {frame_tokens} tokens a frame, key blocks of {block_k}, query blocks of "
         "{block_q}, {sweep} sweep, noise seed {seed}".format(**facts),
         f"resident blocks in chunks 2 to 7: {' '.join(map(str, made['blocks']))}",
+        *(["blocks compiled apart from their attention"] if facts.get("compiled") else []),
         "PSNR in dB against the true continuation; vs: paired difference to dense, 95 % over clips",
         "",
         f"{'rule':26}{'clips':>6}{'kept':>7}{'bare':>7}  {'vs dense':22}{'back':>6}  "

@@ -39,8 +39,10 @@ import sys
 import time
 from pathlib import Path
 
+import _here  # noqa: F401
 import _seeds
 import torch
+from _compiled import compiled
 from _judge import Tally, judge, text
 from _paired import Store, digest, load_rows
 from _rules import CALIBRATED, CHUNK, CHUNKS, KEY, TABLES, Row, rows
@@ -62,10 +64,12 @@ class Exam:
         table: a ``_rules.Table``.
         batch: clips rolled out at once.
         seed: of the noise.
+        fast: the same model, faster, for whole batches; None runs all with ``model``.
     """
 
-    def __init__(self, model, clips, table, batch, seed=0):
+    def __init__(self, model, clips, table, batch, seed=0, fast=None):
         self.model, self.clips, self.table, self.batch, self.seed = model, clips, table, batch, seed
+        self.fast = model if fast is None else fast
         self.dense = {}  # by first clip: the dense video, float16
         self._budget = None
 
@@ -80,11 +84,12 @@ class Exam:
         count = min(len(self.clips), max(1, share))
         budget = self.budget() if row.settings.get("budget") == CALIBRATED else None
         begin, scores, config = time.perf_counter(), {}, row.config(self.table, budget)
-        handle = None if config is None else lf.patch(self.model, config=config)
+        model = self.model if count % self.batch else self.fast
+        handle = None if config is None else lf.patch(model, config=config)
         try:
             for start in range(0, count, self.batch):
                 clip = self.clips[start : min(start + self.batch, count)]
-                video = world.rollout(self.model, clip, seed=self.seed)
+                video = world.rollout(model, clip, seed=self.seed)
                 found = world.metrics.score(video, clip) | self._distance(row, start, video)
                 for name, values in found.items():
                     scores.setdefault(name, []).extend(torch.as_tensor(values).tolist())
@@ -242,6 +247,7 @@ def world_facts(args, table, weights):
         "clips": args.clips,
         "seed": args.seed,
         "sweep": args.sweep,
+        "compiled": args.compile,
     }
 
 
@@ -260,6 +266,9 @@ def parser():
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--weights", type=Path, help="folder of an export; default: the package's")
     made.add_argument("--untrained", action="store_true", help="random weights, to try this out")
+    made.add_argument(
+        "--compile", action="store_true", help="all but the attention of a block, whole batches"
+    )
     made.add_argument("--batch", type=count, help="clips at once; default: 64, 16 at 128 px, CPU 2")
     made.add_argument("--seconds", type=float, default=1e9, help="begin no row that ends later")
     made.add_argument("--judged", type=int, default=None, help="clips for recall; 0: none")
@@ -356,7 +365,8 @@ def prepare(args):
     model = world.load_world(args.weights, device=args.device, untrained=args.untrained)
     seeds = range(world.EXAM_SEED, world.EXAM_SEED + args.clips)
     clips = world.clips(seeds, view=table.view, sweep=args.sweep, device=args.device)
-    exam = Exam(model, clips, table, args.batch or (2 if cpu else table.batch), args.seed)
+    fast = compiled(model) if args.compile else None
+    exam = Exam(model, clips, table, args.batch or (2 if cpu else table.batch), args.seed, fast)
     store = Store(args.out / f"rows-{args.view}.jsonl", world_facts(args, table, digest(model)))
     return exam, todo, store
 

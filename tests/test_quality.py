@@ -15,6 +15,7 @@ from lightforcing import capturing, selectors, world
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import _compiled  # noqa: E402
 import _judge  # noqa: E402
 import _paired  # noqa: E402
 import _quality_report  # noqa: E402
@@ -133,6 +134,23 @@ def test_a_preset_keeps_the_blocks_that_its_row_says(exam):
     made = exam.run(_rules.preset_row("quality", SMALL))
     assert made["kept"] == made["planned"] and made["settings"]["law"] == lf.Config.preset(
         "quality").law  # fmt: skip
+
+
+def test_a_compiled_model_keeps_its_attention_for_the_patch(exam):
+    """Only the arithmetic around it is another function; ``eager`` runs it as traced."""
+    fast = _compiled.compiled(exam.model, backend="eager")
+    quick = quality.Exam(exam.model, exam.clips[:2], SMALL, 2, fast=fast)
+    plain = quality.Exam(exam.model, exam.clips[:2], SMALL, 2)
+    row = _rules.Row("mass count", selector="mass", kept=SMALL.counts("count"))
+    for each in (_rules.Row("dense"), row):
+        one, two = quick.run(each), plain.run(each)
+        assert one["kept"] == two["kept"] == list(each.kept or SMALL.blocks)
+        for name, values in two["scores"].items():
+            assert values == pytest.approx(one["scores"][name], abs=2e-3, nan_ok=True), name
+    assert not any(vars(b.self_attn).get("forward") for b in fast.blocks)  # unpatched again
+    odd = quality.Exam(exam.model, exam.clips, SMALL, 2, fast=None)
+    odd.fast = None  # three clips are no whole batches: the model as it is
+    assert odd.run(row)["clips"] == 3
 
 
 def test_a_costly_row_takes_the_first_clips(exam):
