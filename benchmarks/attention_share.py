@@ -27,14 +27,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _here  # noqa: F401
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import torch  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-
-import lightforcing as lf  # noqa: E402
-from lightforcing.models import CausalWan, Rollout, WanConfig, layers  # noqa: E402
+import lightforcing as lf
+from lightforcing.models import CausalWan, Rollout, WanConfig, layers
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -23,15 +23,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _here  # noqa: F401
+import torch
+from _gpu_calls import host_rows, selection_group, video_group
+from _gpu_rows import CHUNKS, OTHERS, attention_group, peers, self_forcing
+from timing import ceilings, clocks, machine, measure
 
-import torch  # noqa: E402
-from _gpu_calls import host_rows, selection_group, video_group  # noqa: E402
-from _gpu_rows import CHUNKS, OTHERS, attention_group, peers, self_forcing  # noqa: E402
-from timing import ceilings, clocks, machine, measure  # noqa: E402
-
-import lightforcing as lf  # noqa: E402
+import lightforcing as lf
 
 BASELINE = "dense cuDNN"
 

@@ -23,6 +23,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import _here  # noqa: F401
 import torch
 import torch.nn.functional as F
 from _build import PROMPTS

@@ -30,6 +30,7 @@ import sys
 import time
 from pathlib import Path
 
+import _here  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F

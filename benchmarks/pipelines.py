@@ -22,17 +22,15 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _here  # noqa: F401
+import torch
+from _build import Rollout, fitting
+from _case import run_case
+from _checkout import Checkout
+from _entries import Size, recognise, variants
+from _special import copied, interleaved, lora, pooled_anew, two_checkouts
 
-import torch  # noqa: E402
-from _build import Rollout, fitting  # noqa: E402
-from _case import run_case  # noqa: E402
-from _checkout import Checkout  # noqa: E402
-from _entries import Size, recognise, variants  # noqa: E402
-from _special import copied, interleaved, lora, pooled_anew, two_checkouts  # noqa: E402
-
-import lightforcing as lf  # noqa: E402
+import lightforcing as lf
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

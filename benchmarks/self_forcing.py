@@ -31,18 +31,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _here  # noqa: F401
+import torch
+from _build import Rollout
+from _checkout import Checkout
+from _entries import Size, Variant, recognise
+from timing import clocks, machine
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
-import torch  # noqa: E402
-from _build import Rollout  # noqa: E402
-from _checkout import Checkout  # noqa: E402
-from _entries import Size, Variant, recognise  # noqa: E402
-from timing import clocks, machine  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-
-import lightforcing as lf  # noqa: E402
+import lightforcing as lf
 
 RELEASED = dict(dim=1536, heads=12, ffn=8960, freq=256, text=4096, height=60, width=104, chunks=7)
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]

@@ -24,6 +24,7 @@ import sys
 import time
 from pathlib import Path
 
+import _here  # noqa: F401
 import torch
 import torch.nn.functional as F
 from _paired import Store, difference, digest, interval, show

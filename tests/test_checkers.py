@@ -167,3 +167,15 @@ def test_patches_apply_to_this_tree(mutants):
         mutants.read(path)
         status, text = child.run(["git", "apply", "--check", str(path)], ROOT)
         assert status == 0, f"{path.name}: {text}"
+
+
+@pytest.mark.parametrize("name", ["bench", "quality", "cpu", "tuning", "attention_share"])
+def test_a_benchmark_finds_its_checkout_or_says_what_is_missing(name, tmp_path):
+    program = str(ROOT / "benchmarks" / f"{name}.py")
+    elsewhere = {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    status, text = child.run([sys.executable, program, "--help"], tmp_path, elsewhere, 120)
+    assert status == 0 and text.startswith(f"usage: {name}.py")
+    # Without site-packages there is no torch.
+    status, text = child.run([sys.executable, "-S", program], tmp_path, elsewhere, 120)
+    assert status == 2 and "Traceback" not in text
+    assert re.search(rf"^{name}.py: expected the package torch, .*`make build`", text, re.M)

@@ -141,13 +141,16 @@ def test_bench_times_dense_and_sparse():
         (["explain", "--plot", "s.xyz"], "--plot: expected a file ending in one of"),
         (["demo", "--clip", "-1"], "expected an integer from 0 to 1000000, got -1"),
         (["demo", "--sparsity", "1"], "expected a number above 0 and below 1, got 1"),
+        (["demo", "--seed", "-1"], "expected an integer from 0 to 1000000, got -1"),
+        (["demo", "--out", __file__], "--out: expected a folder, got"),
+        (["selftest", "--seed", "-1"], "expected an integer from 0 to 1000000, got -1"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
 def test_wrong_arguments_get_a_sentence_and_exit_code_2(arguments, sentence, tmp_path, capsys):
     if arguments[0] == "demo":
-        arguments = [*arguments, "--out", str(tmp_path)]
+        arguments = ["demo", "--out", str(tmp_path), *arguments[1:]]
     try:
         code = cli.main(arguments)
     except SystemExit as end:  # argparse's way out
