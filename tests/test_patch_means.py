@@ -7,6 +7,7 @@ so that a test also proves that the cache was used, or that it was not.
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import fake_ar as ar
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import lightforcing as lf
 from lightforcing import _core, ops
+from lightforcing.decide import Decision
 from lightforcing.means import KeyMeans
 from lightforcing.step import Step
 
@@ -377,6 +379,30 @@ def test_changed_block_size_pools_anew(guard, one_layer):
         lf.patch(one_layer, "fast", **SMALL)
         forward(one_layer, cache, 9)
     assert guard.pooled[6:] == [12]
+
+
+def test_more_frames_than_the_buffer_has_room_for():
+    """Keys kept flat do not say how many frames may come: a longer call gets a larger buffer."""
+    keys, means = torch.zeros(1, 9 * ar.T * 2 * 16), KeyMeans()
+    whole = keys.view(1, 9 * ar.T, 2, 16)
+
+    def enter(first_frame, frames):
+        k = whole[:, : frames * ar.T]
+        decision = Decision(ar.T, 3, frames - 3, 3, first_frame, None, 0)
+        decision.keys, decision.rows = (whole.stride(), ar.T, 16), frames * 2
+        visit = SimpleNamespace(keys=keys, address=k.data_ptr(), capture=0, version=keys._version,
+                                first_frame=first_frame, entry=None, seen=None)  # fmt: skip
+        entry = means.enter(visit, k, decision)
+        held, entry.frames = entry.frames, frames
+        means.leave(visit)
+        return entry, held
+
+    six, held = enter(3, 6)
+    assert held == 0 and six.means.shape == (1, 12, 2, 16)
+    assert enter(3, 6) == (six, 3)  # kept: the past holds
+    nine, held = enter(6, 9)
+    assert nine is not six and held == 0 and nine.means.shape == (1, 18, 2, 16)
+    assert enter(6, 9) == (nine, 6) and enter(6, 9)[0].rows == 18
 
 
 def test_the_cache_dict_is_not_kept_alive(one_layer):
