@@ -210,6 +210,7 @@ def rows(table, selectors):
     """
     made = [r for r in key_rows(table) if r.selector is None or r.selector in selectors]
     large = table.view == 128
+    few = FEW if large else SIDE
 
     def add(group, selector, law, note="", keep=1 - TARGET, kept=None, share=SIDE, /, **settings):
         if selector in selectors:
@@ -235,17 +236,17 @@ def rows(table, selectors):
         add("laws", selector, law)
     for keep in (0.05, 0.20, 0.30):
         for selector, law in (("mass", "count"), ("hsa", "cag"), ("mean", "cag"), ("mass", "cag")):
-            add("pareto", selector, law, f" keep {keep:g}", keep)
+            add("pareto", selector, law, f" keep {keep:g}", keep, None, few)
     for kept, sink, near in ((3, 1, 2), (9, 1, 2), (12, 1, 2), (6, 0, 0)):
-        add("frames", "hsa", "cag", f" {kept}/{sink}/{near}",
+        add("frames", "hsa", "cag", f" {kept}/{sink}/{near}", 1 - TARGET, None, few,
             keep_frames=kept, sink_frames=sink, near_frames=near)  # fmt: skip
     for selector in ("mean",) if large else ("mean", "mass"):
         for name, kept in starved(table).items():
             add("chunks", selector, name, "", 1 - TARGET, kept, FEW)
-    for keep in (0.05, 0.20, 0.30):
+    for keep in () if large else (0.05, 0.20, 0.30):
         add("pareto", "mass-fine", "cag", f" keep {keep:g}", keep, None, FEW)
         add("pareto", "oracle", "cag", f" keep {keep:g}", keep, None, FEW)
-    add("extras", "mass", "count", " frames", **frames)
+    add("extras", "mass", "count", " frames", 1 - TARGET, None, few, **frames)
     add("extras", "mass-fine", "cag", " refresh 2", 1 - TARGET, None, FEW, refresh=2)
     return made
 

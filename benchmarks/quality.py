@@ -41,6 +41,7 @@ from pathlib import Path
 
 import _here  # noqa: F401
 import _seeds
+import numpy as np
 import torch
 from _compiled import compiled
 from _judge import Tally, judge, text
@@ -165,16 +166,21 @@ class Exam:
         return tally
 
 
-def run_rows(exam, todo, store, seconds, report):
-    """Run what is not stored yet, as long as it fits into ``seconds``."""
-    begin, slowest = time.perf_counter(), {}
+def run_rows(exam, todo, store, seconds, report, slowest=None):
+    """Run what is not stored yet, as long as it fits into ``seconds``.
+
+    ``slowest`` is what rows of a kind took with all clips, in earlier calls and, afterwards, here.
+    """
+    begin, slowest = time.perf_counter(), {} if slowest is None else slowest
     for row in todo:
-        needed = row.selector is None and not exam.dense and any(r.name not in store for r in todo)
+        missing = any(r.name not in store for r in todo)
+        needed = row.selector is None and not exam.dense and missing
         if row.name in store and not needed:
             continue
         spent = time.perf_counter() - begin
         kind = row.selector, "budget" in row.settings
-        guess = slowest.get(kind) or max(slowest.values(), default=0)
+        usual = float(np.median(list(slowest.values()))) if slowest else 0.0
+        guess = slowest.get(kind, usual)
         if spent + guess * row.clips > seconds:
             report(f"no time left for {row.name}")
             continue
@@ -420,10 +426,20 @@ def table_of_rows(args):
     report(
         "{device}, commit {commit}, weights {weights}, {clips} clips of {view} px".format(**facts)
     )
-    run_rows(exam, todo, store, args.seconds, report)
-    if args.judged != 0 and "recall" not in store and time.perf_counter() - begin < args.seconds:
-        put_recall(exam, store, args.judged)
-        report("recall")
+
+    def left():
+        return args.seconds - (time.perf_counter() - begin)
+
+    first = [r for r in todo if r.selector is None or r.group in ("main", "presets")]
+    rest, slowest = [r for r in todo if r.selector is None or r not in first], {}
+    run_rows(exam, first, store, left(), report, slowest)
+    if args.judged != 0 and "recall" not in store and left() > 0:
+        try:
+            put_recall(exam, store, args.judged)
+            report("recall")
+        except RuntimeError as error:  # memory, on a GPU: the rows are worth more
+            report(f"recall: {type(error).__name__}: {error}")
+    run_rows(exam, rest, store, left(), report, slowest)
     summary = _quality_report.summary(store, exam.table, facts)
     print(_quality_report.text(summary))
     if args.beside:
