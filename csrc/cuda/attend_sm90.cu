@@ -33,17 +33,21 @@
 
 namespace {
 
-/* Takes the i-th item, writing out the empty ones before it. */
+/* Takes the i-th item, writing out the empty ones before it. What a producer hands over is read by
+ * lane 0 of every warp alone, which also gives it back: so each reader signals for itself. */
 template <typename T, class S>
 __device__ __forceinline__ Item take_item(Feed<S> &f, const Params &p, int &i, int group, bool lead)
 {
     for (;; i++) {
         const int buffer = i % S::Q_BUFFERS;
         mbarrier_wait(&f.q_full[buffer], i / S::Q_BUFFERS & 1);
-        const Item item = f.item[buffer];
+        Item item = {};
+        if (lead) item = f.item[buffer];
+        item.steps = __shfl_sync(~0u, item.steps, 0);
+        item.tile = __shfl_sync(~0u, item.tile, 0);
+        item.pieces = __shfl_sync(~0u, item.pieces, 0);
         if (item.steps != 0) return item;
         finish_empty<T, S>(p, item, group);
-        bar_sync(3 + group, 128);  // all have read the item
         if (lead) mbarrier_arrive(&f.q_empty[buffer]);
     }
 }
@@ -62,7 +66,7 @@ template <class S> __device__ __forceinline__ void your_turn(int group)
 template <typename T, class S>
 __device__ __forceinline__ void consume(Feed<S> &f, const Params &p, int group)
 {
-    const bool lead = threadIdx.x % 128 == 0;
+    const bool lead = threadIdx.x % 32 == 0;
     float logits[64], o[S::DIM / 2], alpha[2];
     uint32_t pr[32];
     RowState state;
@@ -73,7 +77,7 @@ __device__ __forceinline__ void consume(Feed<S> &f, const Params &p, int group)
     const auto issue_logits = [&]() {
         const uint8_t *rows = f.q[i % S::Q_BUFFERS][group % S::GROUPS];
         mbarrier_wait(&f.full[k.slot], k.parity);
-        valid = f.valid[k.slot];
+        valid = __shfl_sync(~0u, lead ? f.valid[k.slot] : 0, 0);
         my_turn<S>(group);
         issue_qk<T, S>(logits, rows_descriptor(smem_address(rows)),
                        rows_descriptor(smem_address(f.ring[k.slot])));
@@ -172,11 +176,11 @@ __global__ void __launch_bounds__(384, 1)
         Feed<S> &f = s.feed[threadIdx.x];
         for (int i = 0; i < S::Q_BUFFERS; i++) {
             mbarrier_init(&f.q_full[i], 1);
-            mbarrier_init(&f.q_empty[i], S::GROUPS);
+            mbarrier_init(&f.q_empty[i], 4 * S::GROUPS);
         }
         for (int i = 0; i < S::SLOTS; i++) {
             mbarrier_init(&f.full[i], 1);
-            mbarrier_init(&f.empty[i], S::GROUPS);
+            mbarrier_init(&f.empty[i], 4 * S::GROUPS);
         }
         fence_mbarrier_init();
     }
