@@ -25,10 +25,10 @@ import contextlib
 import json
 import sys
 import time
-from pathlib import Path
 
 import _here  # noqa: F401
 import torch
+from _arguments import count, device, new_file, old_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lightforcing as lf
@@ -279,18 +279,31 @@ def arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--size", help="1.3B, 14B, 5B or tiny; default by the device")
-    parser.add_argument("--layers", type=int, help="fewer layers: the share stays about the same")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames (default 21)")
-    parser.add_argument("--height", type=int, help="of the latents")
-    parser.add_argument("--width", type=int, help="of the latents")
-    parser.add_argument("--preset", action="append", help="may be repeated; default: paper fast")
+    parser.add_argument("--device", type=device, default="cuda" if cuda else "cpu")
+    parser.add_argument(
+        "--size", choices=["1.3B", "14B", "5B", "tiny"], help="default by the device"
+    )
+    parser.add_argument("--layers", type=count, help="fewer layers: the share stays about the same")
+    parser.add_argument("--frames", type=count, default=21, help="latent frames (default 21)")
+    parser.add_argument("--height", type=count, help="of the latents")
+    parser.add_argument("--width", type=count, help="of the latents")
+    parser.add_argument(
+        "--preset", action="append", choices=lf.PRESETS, help="may be repeated; default: paper fast"
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="cudnn", help="of dense attention")
-    parser.add_argument("--saved", type=Path, metavar="FILE", help="JSON of a run: only plot it")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture; needs matplotlib")
+    parser.add_argument(
+        "--saved", type=old_file, metavar="FILE", help="JSON of a run: only plot it"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE")
+    parser.add_argument("--plot", type=new_file, metavar="FILE", help="a picture; needs matplotlib")
     options = parser.parse_args(argv)
+    if options.frames < 6 or options.frames % 3:
+        parser.error(f"--frames: expected a multiple of 3 of at least 6, got {options.frames}")
+    for name in ("height", "width"):
+        if (getattr(options, name) or 0) % 2:
+            parser.error(f"--{name}: expected an even number, got {getattr(options, name)}")
+    if options.saved and not options.plot:
+        parser.error("--saved: expected --plot beside it, got none")
     small = not options.device.startswith("cuda")
     options.size = options.size or ("tiny" if small else "1.3B")
     options.height = options.height or (16 if small else 60)
@@ -303,8 +316,13 @@ def main(argv=None):
     """Run, print, keep."""
     options = arguments(argv)
     if options.saved:
-        record = json.loads(options.saved.read_text())
-        plot(record["videos"], options.plot, record["title"])
+        try:
+            record = json.loads(options.saved.read_text())
+            videos, title = record["videos"], record["title"]
+        except (ValueError, KeyError, TypeError):
+            print(f"--saved: expected what --json wrote, got {options.saved}", file=sys.stderr)
+            return 2
+        plot(videos, options.plot, title)
         return 0
     facts = environment(options)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))

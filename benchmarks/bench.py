@@ -21,10 +21,10 @@ import json
 import re
 import sys
 import time
-from pathlib import Path
 
 import _here  # noqa: F401
 import torch
+from _arguments import count, new_file, old_file, pattern
 from _gpu_calls import host_rows, selection_group, video_group
 from _gpu_rows import CHUNKS, OTHERS, attention_group, peers, self_forcing
 from timing import ceilings, clocks, machine, measure
@@ -130,17 +130,18 @@ def arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--rows", metavar="REGEX", help="only rows whose 'case kernel' matches")
+    parser.add_argument(
+        "--rows", type=pattern, metavar="REGEX", help="only rows whose 'case kernel' matches"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer geometries, no sustained")
     parser.add_argument("--cold", action="store_true", help="empty the L2 cache before every call")
-    parser.add_argument("--samples", type=int, default=15, help="of every row (default 15)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="compare with a --json file")
+    parser.add_argument("--samples", type=count, default=15, help="of every row (default 15)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything there")
+    parser.add_argument(
+        "--against", type=old_file, metavar="FILE", help="compare with a --json file"
+    )
     parser.add_argument("--list", action="store_true", help="print the groups and stop")
-    options = parser.parse_args(argv)
-    if options.samples < 1:
-        parser.error(f"--samples: expected 1 or more, got {options.samples}")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -156,8 +157,12 @@ def main(argv=None):
     pattern = re.compile(options.rows) if options.rows else None
     old = {}
     if options.against:
-        for row in json.loads(options.against.read_text())["rows"]:
-            old[row["case"], row["kernel"]] = row
+        try:
+            for row in json.loads(options.against.read_text())["rows"]:
+                old[row["case"], row["kernel"]] = row
+        except (ValueError, KeyError, TypeError):
+            print(f"--against: expected what --json wrote, got {options.against}", file=sys.stderr)
+            return 2
     record = {"machine": machine(), "clocks_before": clocks(), "ceilings": ceilings()}
     began = time.time()
     print(", ".join(f"{name} {value}" for name, value in record["machine"].items()))

@@ -26,6 +26,7 @@ from pathlib import Path
 import _here  # noqa: F401
 import torch
 import torch.nn.functional as F
+from _arguments import count, folder
 from _build import PROMPTS
 from _build import Rollout as TheirRollout
 from _checkout import Checkout
@@ -335,13 +336,13 @@ def text(record):
 def main():
     """Compare, print, store, and say by the exit status whether all figures are within bounds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkout", help="folder with the code base")
+    parser.add_argument("checkout", type=folder, help="folder with the code base")
     parser.add_argument("--out", help="stem of the .txt and .json files to write")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--height", type=int, default=12, help="rows of a latent frame")
-    parser.add_argument("--width", type=int, default=16, help="columns of a latent frame")
+    parser.add_argument("--layers", type=count, default=3)
+    parser.add_argument("--dim", type=count, default=256)
+    parser.add_argument("--heads", type=count, default=2)
+    parser.add_argument("--height", type=count, default=12, help="rows of a latent frame")
+    parser.add_argument("--width", type=count, default=16, help="columns of a latent frame")
     given = parser.parse_args()
     size = Size(
         given.layers, given.dim, given.heads, given.height, given.width, dtype=torch.float32

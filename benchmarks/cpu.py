@@ -34,6 +34,7 @@ import _here  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _arguments import count, new_file, number
 
 import lightforcing as lf
 
@@ -218,16 +219,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--heads", type=int, default=2, help="heads to run, 1 to 12 (default 2)")
+    parser.add_argument("--heads", type=count, default=2, help="heads to run, 1 to 12 (default 2)")
     parser.add_argument("--full", action="store_true", help="all 12 heads: several minutes")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
-    parser.add_argument("--threads", type=int, default=0, help="0: the default of each library")
+    parser.add_argument("--rounds", type=count, default=7, help="timed rounds (default 7)")
+    parser.add_argument(
+        "--threads", type=number(int, 0, 1024), default=0, help="0: the default of each library"
+    )
     parser.add_argument(
         "--dtype", action="append", choices=["float32", "float16", "bfloat16"], default=None,
         help="may be given twice; default float32 and bfloat16",
     )  # fmt: skip
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="see above")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--json", type=new_file, help="write everything here")
     args = parser.parse_args()
     heads = HEADS if args.full else args.heads
     if not 1 <= heads <= HEADS:

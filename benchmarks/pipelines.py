@@ -24,6 +24,7 @@ from pathlib import Path
 
 import _here  # noqa: F401
 import torch
+from _arguments import count, folder, new_file, number, pattern
 from _build import Rollout, fitting
 from _case import run_case
 from _checkout import Checkout
@@ -38,21 +39,33 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def arguments(argv):
     """Parse the command line."""
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    p.add_argument("paths", nargs="+", metavar="PATH", help="folder of a checkout")
-    p.add_argument("--layers", type=int, default=2)
-    p.add_argument("--dim", type=int, default=256)
-    p.add_argument("--heads", type=int, default=2)
-    p.add_argument("--height", type=int, default=16, help="of the latents; a frame is h*w/4 tokens")
-    p.add_argument("--width", type=int, default=26)
-    p.add_argument("--chunks", type=int, default=7)
+    p.add_argument("paths", type=folder, nargs="+", metavar="PATH", help="folder of a checkout")
+    p.add_argument("--layers", type=count, default=2)
+    p.add_argument("--dim", type=count, default=256)
+    p.add_argument("--heads", type=count, default=2)
+    p.add_argument(
+        "--height", type=count, default=16, help="of the latents; a frame is h*w/4 tokens"
+    )
+    p.add_argument("--width", type=count, default=26)
+    p.add_argument("--chunks", type=count, default=7)
     p.add_argument("--dtype", choices=DTYPES, default="bf16")
     p.add_argument(
-        "--preset", action="append", help="may be repeated; default: paper balanced fast"
+        "--preset",
+        action="append",
+        choices=lf.PRESETS,
+        help="may be repeated; default: paper balanced fast",
     )
-    p.add_argument("--threads", type=int, default=0, help="of torch and of lightforcing; 0: theirs")
-    p.add_argument("--only", default="", help="regular expression that names of cases match")
+    p.add_argument(
+        "--threads",
+        type=number(int, 0, 1024),
+        default=0,
+        help="of torch and of lightforcing; 0: theirs",
+    )
+    p.add_argument(
+        "--only", type=pattern, default="", help="regular expression that names of cases match"
+    )
     p.add_argument("--no-special", action="store_true", help="skip copies, turns and LoRA")
-    p.add_argument("--json", metavar="FILE", help="write everything there as well")
+    p.add_argument("--json", type=new_file, metavar="FILE", help="write everything there as well")
     return p.parse_args(argv)
 
 

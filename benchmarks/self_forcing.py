@@ -29,10 +29,10 @@ import statistics
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import _here  # noqa: F401
 import torch
+from _arguments import count, duration, folder, new_file
 from _build import Rollout
 from _checkout import Checkout
 from _entries import Size, Variant, recognise
@@ -287,14 +287,18 @@ def arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("path", help="folder of a Self Forcing checkout")
-    parser.add_argument("--preset", action="append", help="may be repeated; default: paper fast")
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=300, help="begin no further part after")
+    parser.add_argument("path", type=folder, help="folder of a Self Forcing checkout")
+    parser.add_argument(
+        "--preset", action="append", choices=lf.PRESETS, help="may be repeated; default: paper fast"
+    )
+    parser.add_argument("--layers", type=count, default=30)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--seconds", type=duration, default=300, help="begin no further part after")
     parser.add_argument("--profile", action="store_true", help="kernels of the last chunk")
-    parser.add_argument("--share", type=Path, metavar="FILE", help="JSON for attention_share.py")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--share", type=new_file, metavar="FILE", help="JSON for attention_share.py"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     options = parser.parse_args(argv)
     options.preset = options.preset or ["paper", "fast"]
     return options

@@ -27,6 +27,7 @@ from pathlib import Path
 import _here  # noqa: F401
 import torch
 import torch.nn.functional as F
+from _arguments import count, device, duration, new_file, number, seed
 from _paired import Store, difference, digest, interval, show
 from _rules import TABLES, rows
 from quality import Exam, facts
@@ -246,18 +247,26 @@ def main(argv=None):
         allow_abbrev=False,
     )
     parser.add_argument("--rules", nargs="+", default=RULES, metavar="NAME", help="slowest first")
-    parser.add_argument("--seconds", type=float, default=60, help="of the first rule; default: 60")
+    parser.add_argument(
+        "--seconds", type=duration, default=60, help="of the first rule; default: 60"
+    )
     parser.add_argument("--clock", action="store_true", help="seconds for each rule, not its steps")
-    parser.add_argument("--steps", type=int, default=10**9, help="at most so many")
-    parser.add_argument("--step-clips", type=int, default=16, help="clips a step; default: 16")
-    parser.add_argument("--clips", type=int, default=128, help="to examine; default: 128")
-    parser.add_argument("--batch", type=int, default=64, help="clips of a rollout; default: 64")
+    parser.add_argument(
+        "--steps", type=number(int, 1, 10**9), default=10**9, help="at most so many"
+    )
+    parser.add_argument("--step-clips", type=count, default=16, help="clips a step; default: 16")
+    parser.add_argument("--clips", type=count, default=128, help="to examine; default: 128")
+    parser.add_argument("--batch", type=count, default=64, help="clips of a rollout; default: 64")
     parser.add_argument("--weights", type=Path, help="folder of an export; default: the package's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--commit", help="where there is no git; default: LIGHTFORCING_COMMIT")
     parser.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rules")
-    parser.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json and .txt")
+    parser.add_argument(
+        "--results", type=new_file, metavar="PREFIX", help="write PREFIX.json and .txt"
+    )
     args = parser.parse_args(argv)
     from lightforcing import world
 
@@ -270,7 +279,10 @@ def main(argv=None):
     def report(line):
         print(f"{time.perf_counter() - begin:6.1f} s  {line}", flush=True)
 
-    model = world.load_world(args.weights, device=args.device, dtype=torch.float32)
+    try:
+        model = world.load_world(args.weights, device=args.device, dtype=torch.float32)
+    except (ValueError, OSError) as error:
+        parser.error(f"--weights: {error}")
     exam_clips = clips(range(EXAM_SEED, EXAM_SEED + args.clips), device=args.device)
     settings = ("rules", "seconds", "clock", "steps", "step_clips", "clips", "seed")
     key = facts(args) | {"weights": digest(model)} | {n: getattr(args, n) for n in settings}

@@ -252,7 +252,13 @@ def score(folder, info=None, dimensions=None, run=subprocess.run):
 
 
 def arms_of(folder):
-    """Folders of videos, dense first."""
+    """Folders of videos, dense first.
+
+    Raises:
+        ValueError: the folder is none.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"videos: expected a folder, got {folder}")
     found = [p for p in sorted(Path(folder).iterdir()) if p.is_dir() and p.suffix != ".vbench"]
     return sorted(found, key=lambda p: p.name != "dense")
 
@@ -381,7 +387,7 @@ def read_video(path):
 
 def compare(folder, read=read_video, perceptual=None):
     """Lines: likeness of every arm to dense by chunk, means over the videos that both have."""
-    dense, *others = arms_of(folder)
+    dense, *others = arms_of(folder) or [Path(folder)]
     if dense.name != "dense" or not others:
         raise FileNotFoundError(f"videos: expected a folder dense and another one in {folder}")
     lines = []
@@ -396,6 +402,33 @@ def compare(folder, read=read_video, perceptual=None):
     return lines
 
 
+def whole(least):
+    """The type of an argument that is an integer from ``least``; this file does without torch."""
+
+    def read(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer from {least}, got {text}")
+        return int(text)
+
+    return read
+
+
+def planned(path):
+    """The videos of a plan.
+
+    Raises:
+        ValueError: the file is none, or an empty one.
+    """
+    try:
+        videos = json.loads(path.read_text())
+        good = bool(videos) and all({"file", "text", "seed"} <= v.keys() for v in videos)
+    except (ValueError, AttributeError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"plan: expected what `vbench.py plan` wrote, got {path}")
+    return videos
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -407,9 +440,9 @@ def main(argv=None):
     one.add_argument("plan", type=Path)
     one.add_argument("--prompts", type=Path, required=True)
     one.add_argument("--texts", type=Path)
-    one.add_argument("--samples", type=int, default=5)
-    one.add_argument("--every", type=int, default=1, help="take every Nth prompt only")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--samples", type=whole(1), default=5)
+    one.add_argument("--every", type=whole(1), default=1, help="take every Nth prompt only")
+    one.add_argument("--seed", type=whole(0), default=0)
     one = commands.add_parser("generate", allow_abbrev=False)
     one.add_argument("plan", type=Path)
     one.add_argument("videos", type=Path)
@@ -417,7 +450,7 @@ def main(argv=None):
     one.add_argument("--config", type=Path, required=True)
     one.add_argument("--checkpoint", type=Path, required=True)
     one.add_argument("--arms", nargs="+", default=["dense", "balanced"])
-    one.add_argument("--frames", type=int, default=21, help="latent frames")
+    one.add_argument("--frames", type=whole(1), default=21, help="latent frames")
     for name in ("score", "table", "compare"):
         one = commands.add_parser(name, allow_abbrev=False)
         one.add_argument("videos", type=Path)
@@ -436,11 +469,17 @@ def _run(args):
     if args.command == "plan":
         texts = None if args.texts is None else lines_of(args.texts)
         prompts, every = lines_of(args.prompts), args.every
+        if not prompts:
+            raise ValueError(f"--prompts: expected a line a prompt, got none in {args.prompts}")
+        if texts is not None and len(texts) != len(prompts):
+            raise ValueError(
+                f"--texts: expected {len(prompts)} lines as --prompts has, got {len(texts)}"
+            )
         made = plan(prompts[::every], texts and texts[::every], args.samples, args.seed)
         args.plan.write_text(json.dumps(made, indent=1) + "\n")
         print(f"{len(made)} videos planned in {args.plan}")
     elif args.command == "generate":
-        videos = json.loads(args.plan.read_text())
+        videos = planned(args.plan)
         if not args.checkout.is_dir():
             raise ValueError(f"--checkout: expected a folder, got {args.checkout}")
         if not args.checkpoint.is_file():

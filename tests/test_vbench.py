@@ -252,10 +252,39 @@ def test_generate_checks_what_it_was_given_before_it_loads_anything(tmp_path, mo
         return capsys.readouterr().err
 
     assert "plan.json" in told()
-    plan.write_text("[]")
+    for text in ("[]", "{", '[{"file": "a.mp4"}]'):
+        plan.write_text(text)
+        assert "plan: expected what `vbench.py plan` wrote" in told()
+    plan.write_text(json.dumps(vbench.plan(["a cat"])))
     assert "--checkout: expected a folder" in told()
     (tmp_path / "checkout").mkdir()
     assert "--checkpoint: expected a file" in told()
     weights.write_text("")
     assert "--arms: expected dense or one of" in told("best")
     assert "generate needs omegaconf: pip install omegaconf" in told("fast")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("plan P --prompts EMPTY", "--prompts: expected a line a prompt, got none in"),
+        ("plan P --prompts TWO --texts EMPTY", "--texts: expected 2 lines as --prompts has, got 0"),
+        ("plan P --prompts TWO --samples 0", "--samples: expected an integer from 1, got 0"),
+        ("plan P --prompts TWO --every 0", "--every: expected an integer from 1, got 0"),
+        ("plan P --prompts TWO --seed -1", "--seed: expected an integer from 0, got -1"),
+        ("plan P --prompts none", "none"),
+        ("compare none", "videos: expected a folder, got none"),
+        ("compare .", "videos: expected a folder dense and another one in"),
+        ("table none", "videos: expected a folder, got none"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").write_text("\n")
+    (tmp_path / "TWO").write_text("a cat\na dog\n")
+    try:
+        status = vbench.main(arguments.split())
+    except SystemExit as end:
+        status = end.code
+    assert status == 2 and not (tmp_path / "P").exists()
+    assert words in capsys.readouterr().err.splitlines()[-1]
