@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -246,7 +247,7 @@ def capture(
     Raises:
         ValueError: nothing to capture in the target, a layer or chunk that it has not, a limit
             that is no number, or a target that is being captured; later, in the forward, a grid
-            that is not that of the frames. FileExistsError: the folder holds captures.
+            that is not that of the frames. FileExistsError: the folder holds captures, or is none.
         ImportError: safetensors is not installed.
     """
     import safetensors.torch  # noqa: F401  (now, and not after the first long forward)
@@ -254,6 +255,8 @@ def capture(
     if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit < 2**30:
         raise ValueError(f"limit: expected GiB, a number above 0, got {limit!r}")
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"folder: expected a folder, got {folder}, which is a file")
     if any(folder.glob("*" + SUFFIX)):
         raise FileExistsError(f"folder: expected one without {SUFFIX} files, got {folder}")
     handle, owned, wanted = _find(target, layers, chunks, steps)
@@ -354,7 +357,9 @@ def load_folder(folder, device: torch.device | str = "cpu") -> Iterator[Captured
 def _layers(layers, depth):
     if layers is None:
         layers = (0, depth // 2, depth - 1)
-    wanted = list(layers)
+    wanted = list(layers) if hasattr(layers, "__iter__") else [None]
+    if not all(isinstance(i, Integral) for i in wanted):
+        raise TypeError(f"layers: expected a list of layer numbers, got {layers!r}")
     wrong = [i for i in wanted if not -depth <= i < depth]
     if wrong:
         raise ValueError(f"layers: expected layers of the {depth} found, got {wrong}")

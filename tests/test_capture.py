@@ -235,6 +235,12 @@ def test_wrong_settings_and_an_empty_capture_are_told(tmp_path, caplog):
     for chunks in ((0,), (2, -1)):
         with pytest.raises(ValueError, match="chunks: expected numbers counted from 1, got"):
             lf.capture(model, tmp_path / "a", chunks=chunks)
+    for layers in ("all", 1, [0.5]):
+        with pytest.raises(TypeError, match="layers: expected a list of layer numbers, got"):
+            lf.capture(model, tmp_path / "a", layers=layers)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="folder: expected a folder, got .*, which is a file"):
+        lf.capture(model, tmp_path / "file")
     for limit in ("8", None, float("nan")):
         with pytest.raises(ValueError, match="limit: expected GiB, a number above 0, got"):
             lf.capture(model, tmp_path / "a", limit=limit)

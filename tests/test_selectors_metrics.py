@@ -265,10 +265,27 @@ def test_budget_by_hand():
     assert Budget([[1, 1, 1]]).counts(2, 20).tolist() == [[2, 2, 2]]
 
 
-@pytest.mark.parametrize("shares", [[], [[]], [[1, -1]], [[0, 0]], [[1], [1, 2]], "x", [1, 2]])
+@pytest.mark.parametrize(
+    "shares", [[], [[]], [[1, -1]], [[0, 0]], [[1], [1, 2]], "x", [1, 2], [[1, np.inf]]]
+)
 def test_a_budget_that_cannot_be(shares):
     with pytest.raises(ValueError, match=r"shares: expected \[layers\]\[heads\]"):
         Budget(shares)
+
+
+@pytest.mark.parametrize("kept", [0, 11])
+def test_a_budget_of_more_or_less_than_there_is(kept):
+    with pytest.raises(ValueError, match="kept: expected 1 to 10 blocks, got"):
+        Budget([[1, 1]]).counts(kept, 10)
+
+
+def test_what_is_measured_fits_together():
+    q, k = torch.zeros(1, 40, 2, 16), torch.zeros(1, 120, 2, 16)
+    blocks = lf.selectors.select("mean", q, k, frame_tokens=20, sparsity=0.5)
+    with pytest.raises(TypeError, match="lists: expected a BlockList, or some by name"):
+        metrics.measure(q, k, k, {"mean": 3})
+    with pytest.raises(ValueError, match="v: expected the shape .* of k, got"):
+        metrics.measure(q, k, k[:, :60], blocks)
 
 
 def test_a_budget_from_measured_errors():

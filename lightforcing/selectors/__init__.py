@@ -89,6 +89,14 @@ def select(
     if (sparsity is None) == (kept is None):
         raise ValueError("kept: expected either sparsity or kept, got neither or both")
     chosen = make(selector, **options)
+    if frame_tokens < 1:
+        raise ValueError(f"frame_tokens: expected 1 or more, got {frame_tokens}")
+    shapes = [tuple(getattr(x, "shape", ())) for x in (q, k)]
+    if any(len(s) != 4 for s in shapes) or any(shapes[0][i] != shapes[1][i] for i in (0, 2, 3)):
+        raise ValueError(
+            "q: expected tensors q and k of the shapes [B, Lq, H, D] and [B, Lk, H, D], "
+            f"got {shapes[0]} and {shapes[1]}"
+        )
     for name, x in (("q", q), ("k", k)):
         if x.shape[1] % frame_tokens:
             raise ValueError(

@@ -61,6 +61,9 @@ class Geometry:
 
     def __post_init__(self):
         """Check what a caller can get wrong."""
+        for name in ("frame_tokens", "block_q", "block_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if not 1 <= self.q_frames <= self.k_frames:
             raise ValueError(
                 f"q_frames: expected 1 to k_frames = {self.k_frames}, got {self.q_frames}"
@@ -222,7 +225,15 @@ def make(selector: Any, **options: Any) -> Selector:
     if isinstance(selector, str):
         if selector not in _factories:
             raise ValueError(f"selector: expected one of {', '.join(_factories)}, got {selector!r}")
-        return _factories[selector](**options)
+        factory = _factories[selector]
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            known = [field.name for field in dataclasses.fields(factory)]
+            if unknown := [name for name in options if name not in known]:
+                raise TypeError(
+                    f"selector: expected options of {selector}, {', '.join(known) or 'none'}, "
+                    f"got {', '.join(unknown)}"
+                )
+        return factory(**options)
     if isinstance(selector, type) or not isinstance(selector, Selector):
         raise TypeError(
             "selector: expected a name or an object with name, notes, needs_grid, exact and "

@@ -28,7 +28,8 @@ class Budget:
             table = np.array(self.shares, np.float64)
         except (TypeError, ValueError):
             table = np.zeros(0)
-        if table.ndim != 2 or not table.size or not (table >= 0).all() or not table.sum() > 0:
+        good = table.ndim == 2 and table.size and (table >= 0).all() and 0 < table.sum() < np.inf
+        if not good:
             raise ValueError(
                 "shares: expected [layers][heads] numbers of at least 0, not all 0, "
                 f"got {self.shares!r}"
@@ -41,6 +42,8 @@ class Budget:
         Largest remainders, ties to the lower layer and head; what a full head cannot take goes to
         the others by their shares.
         """
+        if not 1 <= kept <= blocks:
+            raise ValueError(f"kept: expected 1 to {blocks} blocks, got {kept}")
         return _counts(self, kept, blocks)
 
     @classmethod

@@ -1,6 +1,7 @@
 """The selectors that select_blocks is: Light Forcing's HSA, mean, mass and log-sum-exp scores."""
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 from .. import ops
@@ -80,8 +81,8 @@ class Mass(_Builtin):
 
     def __post_init__(self):
         """Check the share."""
-        if not 0 <= self.guarantee <= 1:
-            raise ValueError(f"guarantee: expected a share in [0, 1], got {self.guarantee}")
+        if not isinstance(self.guarantee, Real) or not 0 <= self.guarantee <= 1:
+            raise ValueError(f"guarantee: expected a share in [0, 1], got {self.guarantee!r}")
 
     def select(self, q, k, geometry):
         """With a guarantee, the forced frames' best blocks first."""

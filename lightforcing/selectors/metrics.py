@@ -41,7 +41,8 @@ def measure(
         ``rel_l2``), lists of H floats.
 
     Raises:
-        ValueError: a list is of another geometry.
+        ValueError: a list is of another geometry, or v of another shape than k. TypeError: what
+            is given is no list.
     """
     import torch
 
@@ -49,6 +50,10 @@ def measure(
     named = {"": lists} if single else dict(lists)
     if oracle is not None:
         named["\0oracle"] = oracle
+    if not named or not all(isinstance(x, BlockList) for x in named.values()):
+        raise TypeError(f"lists: expected a BlockList, or some by name, got {lists!r}")
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected the shape {tuple(k.shape)} of k, got {tuple(v.shape)}")
     first = next(iter(named.values()))
     same = {_geometry(x) for x in named.values()} == {_geometry(first)}
     q, k, v = as_torch(q), as_torch(k), as_torch(v)

@@ -1,6 +1,7 @@
 """Sliding Tile Attention (arXiv 2502.04507): a window of tiles around the query's own."""
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import numpy as np
@@ -36,9 +37,11 @@ class SlidingTile(Static):
 
     def __post_init__(self):
         """A tuple, so that it can be a key."""
-        object.__setattr__(self, "window", tuple(self.window))
-        if len(self.window) != 3 or not all(w > 0 for w in self.window):
+        window = tuple(self.window) if isinstance(self.window, (tuple, list)) else ()
+        good = len(window) == 3 and all(isinstance(w, Real) and w > 0 for w in window)
+        if not good:
             raise ValueError(f"window: expected three numbers above 0, got {self.window!r}")
+        object.__setattr__(self, "window", window)
 
     @property
     def exact(self):
