@@ -279,12 +279,14 @@ def main():
     parser.add_argument("--gpu", action="store_true", help="the faults of CUDA kernels")
     parser.add_argument("--out", type=Path, help="folder of the table and all output")
     options = parser.parse_args()
+    if options.out and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {options.out}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     names, where = set(options.names), HERE / "gpu" if options.gpu else HERE
     mutants = [m for m in map(read, sorted(where.glob("*.patch"))) if not names or m.name in names]
     if not mutants or names - {m.name for m in mutants}:
-        raise SystemExit(f"no such patch: {', '.join(sorted(names)) or where}")
+        parser.error(f"no such patch: {', '.join(sorted(names)) or where}")
     with tempfile.TemporaryDirectory(prefix="lightforcing-mutants-") as folder:
         try:
             return (run_on_gpu if options.gpu else run_in_turn)(mutants, Path(folder), options.out)
