@@ -576,37 +576,3 @@ def test_any_geometry(seed):
             lf.block_sparse_attention(q, k, k, blocks)  # checks order and range
             total = g.blocks if name == "dense" else g.kept
             assert blocks.counts.sum() == total * heads * g.rows, (name, g)
-
-
-Q, K = torch.zeros(1, 40, 2, 16), torch.zeros(1, 120, 2, 16)
-CALL = {"frame_tokens": 20, "sparsity": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        (lambda: selectors.select("mass", Q, K, frame_tokens=0, sparsity=0.5), ValueError,
-         "frame_tokens: expected 1 or more, got 0"),
-        (lambda: selectors.select("mean", Q[0], K[0], **CALL), ValueError,
-         "q: expected tensors q and k of the shapes"),
-        (lambda: selectors.select("vmoba", Q[:, :, :1], K, grid=(4, 5), **CALL), ValueError,
-         "q: expected tensors q and k of the shapes"),
-        (lambda: selectors.select("mean", Q[..., :8], K, **CALL), ValueError,
-         "q: expected tensors q and k of the shapes"),
-        (lambda: selectors.select("mass", [1], [2], **CALL), ValueError,
-         "q: expected tensors q and k of the shapes"),
-        (lambda: selectors.make("sta", frames=1), TypeError,
-         "selector: expected options of sta, window, sink_frames, fit, got frames"),
-        (lambda: selectors.make("dense", window=1), TypeError,
-         "selector: expected options of dense, none, got window"),
-        (lambda: selectors.make("sta", window=(1, 2)), ValueError, "window: expected three"),
-        (lambda: selectors.make("sta", window="abc"), ValueError, "window: expected three"),
-        (lambda: selectors.make("sta", window=3), ValueError, "window: expected three"),
-        (lambda: selectors.make("mass", guarantee="x"), ValueError, "guarantee: expected a share"),
-        (lambda: Geometry(20, 2, 6, 4, block_k=0), ValueError, "block_k: expected 1 or more"),
-        (lambda: Geometry(-20, 2, 6, 4), ValueError, "frame_tokens: expected 1 or more"),
-    ],
-)  # fmt: skip
-def test_wrong_calls_are_one_sentence(call, error, words):
-    with pytest.raises(error, match=words):
-        call()
