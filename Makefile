@@ -26,7 +26,7 @@ test-gpu: build              ## GPU tests, compute-sanitizer and the CPU tests, 
 ptxas: build                 ## registers and spills of every CUDA kernel; fails on a spill
 	$(PY) scripts/ptxas_report.py
 
-bench: build                 ## CPU speed against torch, into benchmarks/results
+bench: build                 ## CPU speed against torch
 	$(PY) benchmarks/cpu.py
 
 format: $(READY)
