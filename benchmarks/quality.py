@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
@@ -43,6 +42,7 @@ import _here  # noqa: F401
 import _seeds
 import numpy as np
 import torch
+from _arguments import count, device, duration, number, old_file, seed
 from _compiled import compiled
 from _judge import Tally, judge, text
 from _paired import Store, digest, load_rows
@@ -258,7 +258,6 @@ def world_facts(args, table, weights):
 
 
 def parser():
-    count = number(int, 1, 1_000_000)
     made = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -269,23 +268,29 @@ def parser():
         "--clips", type=count, help="default: 256 at 64 px and 128 at 128 px; 4 on CPU"
     )
     made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows (or selectors)")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     made.add_argument("--weights", type=Path, help="folder of an export; default: the package's")
     made.add_argument("--untrained", action="store_true", help="random weights, to try this out")
     made.add_argument(
         "--compile", action="store_true", help="all but the attention of a block, whole batches"
     )
     made.add_argument("--batch", type=count, help="clips at once; default: 64, 16 at 128 px, CPU 2")
-    made.add_argument("--seconds", type=float, default=1e9, help="begin no row that ends later")
-    made.add_argument("--judged", type=int, default=None, help="clips for recall; 0: none")
-    made.add_argument("--seed", type=int, default=0, help="of the noise")
+    made.add_argument("--seconds", type=duration, default=1e9, help="begin no row that ends later")
+    made.add_argument("--judged", type=number(int, 0, 10**6), help="clips for recall; 0: none")
+    made.add_argument("--seed", type=seed, default=0, help="of the noise")
     made.add_argument("--sweep", choices=["quick", "slow"], default="quick", help="of the clips")
     made.add_argument("--commit", help="where there is no git; default: LIGHTFORCING_COMMIT")
     made.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rows")
     made.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json .txt .png")
-    made.add_argument("--beside", type=Path, metavar="ROWS", help="another run's finished rows")
-    made.add_argument("--plan", type=Path, metavar="ROWS", help="an earlier run's finished rows")
-    made.add_argument("--join", type=Path, nargs="+", metavar="ROWS", help="of several trainings")
+    made.add_argument("--beside", type=old_file, metavar="ROWS", help="another run's finished rows")
+    made.add_argument(
+        "--plan", type=old_file, metavar="ROWS", help="an earlier run's finished rows"
+    )
+    made.add_argument(
+        "--join", type=old_file, nargs="+", metavar="ROWS", help="of several trainings"
+    )
     made.add_argument("--captured", type=Path, metavar="FOLDER", help="of lightforcing.capture")
     made.add_argument(
         "--sparsity", type=number(float, 0, 0.999), default=0.88, help="with --captured"
@@ -306,22 +311,6 @@ def known(only, names, kind, more=()):
     if unknown:
         raise ValueError(f"--only: no {kind} {', '.join(unknown)}; there are {', '.join(names)}")
     return only
-
-
-def number(kind, least, most):
-    """The type of an argument from ``least`` to ``most``, these two included."""
-
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            what = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {what} from {least} to {most}, got {text}")
-        return value
-
-    return read
 
 
 def chosen(every, only):

@@ -11,6 +11,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import _arguments  # noqa: E402
 import attention_share  # noqa: E402
 import bench  # noqa: E402
+import quality  # noqa: E402
 import tuning  # noqa: E402
 
 
@@ -30,6 +31,11 @@ import tuning  # noqa: E402
         (attention_share, "--saved none.json", "--saved: expected a file, got none.json"),
         (attention_share, "--saved bad.json", "--saved: expected --plot beside it, got none"),
         (attention_share, "--saved bad.json --plot a.png", "--saved: expected what --json wrote"),
+        (quality, "--seconds -1", "--seconds: expected a number from 0.001"),
+        (quality, "--judged -1", "--judged: expected an integer from 0"),
+        (quality, "--seed -1", "--seed: expected an integer from 0"),
+        (quality, "--device nowhere", "--device: expected cpu, or a GPU that torch sees"),
+        (quality, "--join none", "--join: expected a file, got none"),
         (tuning, "--seconds -1", "--seconds: expected a number from 0.001"),
         (tuning, "--steps 0", "--steps: expected an integer from 1"),
         (tuning, "--clips 0", "--clips: expected an integer from 1"),

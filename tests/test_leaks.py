@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import draw
+from producers import Shared
 
 import lightforcing as lf
 from lightforcing import _core
@@ -24,20 +25,7 @@ def resident_bytes():
         return int(file.read().split()[1]) * PAGE
 
 
-class OnlyDlpack:
-    """A producer without an exchange table: the slow path."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **keywords):
-        return self.array.__dlpack__(**keywords)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
-
-
-class Refusing(OnlyDlpack):
+class Refusing(Shared):
     def __dlpack__(self, **keywords):
         raise BufferError("not today")
 
@@ -47,7 +35,7 @@ KINDS = {
     "torch": lambda: draw(Q, K, V),
     "bfloat16": lambda: draw(Q, K, V, dtype=torch.bfloat16),
     "numpy": lambda: [x.numpy() for x in draw(Q, K, V)],
-    "dlpack": lambda: [OnlyDlpack(x.numpy()) for x in draw(Q, K, V)],
+    "dlpack": lambda: [Shared(x.numpy()) for x in draw(Q, K, V)],
 }
 
 
@@ -169,7 +157,7 @@ def test_exports_end_with_the_call():
     arrays = [np.zeros(shape, np.float32) for shape in (Q, K, V)]
     references = [sys.getrefcount(x) for x in arrays]
     for _ in range(50):
-        q, k, v = (OnlyDlpack(x) for x in arrays)
+        q, k, v = (Shared(x) for x in arrays)
         lf.block_sparse_attention(q, k, v)
         with pytest.raises(ValueError):
             lf.block_sparse_attention(q, k, v, scale=-1.0)
@@ -183,7 +171,7 @@ def test_exports_end_with_the_call():
 def test_results_outlive_their_inputs():
     q, k, v = draw((1, 64, 2, 16), (1, 640, 2, 16), (1, 640, 2, 16))
     expected = lf.block_sparse_attention(q, k, v).clone()
-    out = lf.block_sparse_attention(*[OnlyDlpack(x.numpy()) for x in (q, k, v)])
+    out = lf.block_sparse_attention(*[Shared(x.numpy()) for x in (q, k, v)])
     del q, k, v
     gc.collect()
     junk = [np.full(640 * 32, np.nan, np.float32) for _ in range(20)]
