@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,19 @@ def interval(values, draws=DRAWS, seed=0):
     x = x[np.isfinite(x)]
     if x.size == 0:
         return None, None, None
-    picks = np.random.default_rng(seed).integers(0, x.size, (draws, x.size))
-    low, high = np.quantile(x[picks].mean(1), (0.025, 0.975))
+    low, high = np.quantile(_shares(x.size, draws, seed) @ x, (0.025, 0.975))
     return float(x.mean()), float(low), float(high)
+
+
+@lru_cache(maxsize=16)
+def _shares(size, draws, seed):
+    """``[draws, size]``: how often each of the draws with replacement takes each value, over size.
+
+    A product with it is the mean of every draw, ten times as fast as picking.
+    """
+    picks = np.random.default_rng(seed).integers(0, size, (draws, size))
+    picks += size * np.arange(draws)[:, None]
+    return np.bincount(picks.ravel(), minlength=draws * size).reshape(draws, size) / size
 
 
 def difference(a, b):
