@@ -249,14 +249,14 @@ def picture(made, path):
     facts = made["facts"]
     page.suptitle(
         f"{facts['view']} px, blocks of {facts['block_k']} tokens, the same number kept in every "
-        f"row ({rows[0]['density']:.0%}); {facts['clips']} clips, 95 % intervals",
+        f"row ({rows[0]['density']:.0%}); up to {facts['clips']} clips, 95 % intervals",
         fontsize=11,
     )
     page.savefig(path, dpi=110)
 
 
 def _colour(plots, name):
-    if name.split()[0] == "mass":
+    if name.startswith("mass"):
         return plots.ORANGE
     if name.startswith("hsa"):
         return plots.BLUE
