@@ -180,22 +180,20 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
             rows.sum[m][half] += __shfl_xor_sync(ALL, rows.sum[m][half], 2);
         }
     }
-    const auto group_sync = [] { sync_group(); };
-    const auto block_sync = [] { __syncthreads(); };
     float4 *boxes = reinterpret_cast<float4 *>(smem + Q_BYTES);
     RowStats *stats = reinterpret_cast<RowStats *>(smem + Q_BYTES + GROUPS * plan.ring_bytes);
     constexpr int TILES = DIM / 8 / (2 * GROUP_WARPS / ROW_WARPS);  // of columns, in the end
     uint32_t column = 0;
     cp_async_wait_group<0>();
-    block_sync();  // the rings are free
+    // From here on barriers of the whole block only, also where a group's would do: racecheck took
+    // a read before one that followed a group's own, and a write after it, for a hazard.
+    __syncthreads();  // the rings are free
     if constexpr (ROW_WARPS < GROUP_WARPS) {
-        merge<DIM, DIM / 8>(rows, plan.scale_log2, boxes, stats, warp ^ ROW_WARPS, part,
-                            group_sync);
+        merge<DIM, DIM / 8>(rows, plan.scale_log2, boxes, stats, warp ^ ROW_WARPS, part);
         column += part * (DIM / 2);
-        block_sync();
+        __syncthreads();
     }
-    merge<DIM, 2 * TILES>(rows, plan.scale_log2, boxes, stats, warp ^ GROUP_WARPS, group,
-                          block_sync);
+    merge<DIM, 2 * TILES>(rows, plan.scale_log2, boxes, stats, warp ^ GROUP_WARPS, group);
     column += group * (8 * TILES);
 
     char *out = static_cast<char *>(p.out.data) +

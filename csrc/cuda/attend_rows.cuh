@@ -78,13 +78,13 @@ struct RowStats {
 };
 
 /* The warp gives `partner` one half of its columns and takes the partner's part of the other: the
- * upper one if `upper`. TILES is the columns' number / 8 before. `box` of both is theirs alone,
- * and `sync` orders the memory of both. */
-template <int DIM, int TILES, typename Sync>
+ * upper one if `upper`. TILES is the columns' number / 8 before, at most DIM / 8. All warps of the
+ * block come, after a barrier; a warp's box has one place for all merges, in its group's ring. */
+template <int DIM, int TILES>
 __device__ __forceinline__ void merge(WarpRows<DIM> &rows, float scale, float4 *boxes,
-                                      RowStats *stats, uint32_t partner, bool upper, Sync sync)
+                                      RowStats *stats, uint32_t partner, bool upper)
 {
-    constexpr int KEPT = TILES / 2, BOX = 2 * KEPT * 32;  // in float4
+    constexpr int KEPT = TILES / 2, BOX = DIM / 8 * 32;  // in float4
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
 #pragma unroll
@@ -106,7 +106,7 @@ __device__ __forceinline__ void merge(WarpRows<DIM> &rows, float scale, float4 *
             stats[warp * WARP_ROWS + m * 16 + half * 8 + lane / 4] = {rows.top[m][half],
                                                                       rows.sum[m][half]};
     }
-    sync();
+    __syncthreads();
 #pragma unroll
     for (int m = 0; m < 2; m++) {
         float mine[2], theirs[2];
