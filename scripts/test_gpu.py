@@ -15,11 +15,12 @@ cpu        the operators' CPU tests, on every instruction set that this processo
 memcheck does not see what bulk copies (TMA) read: one more planted fault shows that, and
 tests/test_gpu_attend_inputs.py covers it with guarded memory.
 
-All run side by side: the GPU is shared, cores are many. summary.txt, summary.json and, for each
-part, a log of all that its processes printed go to benchmarks/results/gpu-<card>, or to FOLDER.
-The exit status is 1 if a test failed, a sanitizer reported anything or said no sum, a process was
-still running after --limit seconds (500, of the whole run) or passed no test at all. A skipped test
-is counted as skipped, never as passed.
+All run side by side: the GPU is shared, cores are many. Where other work shares them, too, run the
+sanitizers by themselves: --only memcheck takes 45 s of an H100. summary.txt, summary.json and, for
+each part, a log of all that its processes printed go to benchmarks/results/gpu-<card>, or to
+FOLDER. The exit status is 1 if a test failed, a sanitizer reported anything or said no sum, a
+process was still running after --limit seconds (500, of the whole run) or passed no test at all. A
+skipped test is counted as skipped, never as passed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ PARTS = ("tests", "fuzz", "memcheck", "racecheck", "synccheck", "cpu")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 KERNEL = re.compile(r"__global__\s[^;{}]*?\b(\w+_kernel)\s*\(", re.S)
 REPORTED = 86  # exit status by which compute-sanitizer says that it reported something
+# Seconds that compute-sanitizer gives Python to start. Its default was too short where many started
+# at once: it gave two of nine up ("No attachable process found"), and they never ended.
+ATTACH = 120
 
 FUZZ = "test_gpu_fuzz.py"
 CPU_TESTS = [f"tests/test_{name}.py" for name in ("compress", "select", "attend", "blocks", "cag")]
@@ -207,7 +211,7 @@ def sanitizer(tool):
     if not program:
         return None
     command = [program, "--tool", tool, "--error-exitcode", str(REPORTED), "--print-limit", "20"]
-    command += ["--target-processes", "application-only"]
+    command += ["--target-processes", "application-only", "--launch-timeout", str(ATTACH)]
     if tool == "memcheck":
         command += ["--report-api-errors", "no"]
     elif tool == "racecheck":
