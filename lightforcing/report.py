@@ -202,14 +202,14 @@ def stats(handle) -> dict:
 def text(handle) -> str:
     """See :meth:`Handle.report`."""
     values = stats(handle)
-    return "\n".join([*_head(handle), *_table(_rows(handle, values)), *_tail(values)])
+    return "\n".join([*_head(handle, values), *_table(_rows(handle, values)), *_tail(values)])
 
 
 def html(handle) -> str:
     """The report as a table for notebooks."""
     values = stats(handle)
     rows = _rows(handle, values)
-    lines = [f"<p>{escape.escape(line)}</p>" for line in _head(handle)]
+    lines = [f"<p>{escape.escape(line)}</p>" for line in _head(handle, values)]
     if rows:
         head = "".join(f"<th>{escape.escape(name)}</th>" for name in rows[0])
         body = "".join(
@@ -221,7 +221,7 @@ def html(handle) -> str:
     return "".join(lines)
 
 
-def _head(handle):
+def _head(handle, values):
     layers = len(handle.hooks)
     kind = handle.facts.get("layer", "attention")
     what = f"{layers} layers of {kind}" if layers else f"unpatched ({kind})"
@@ -231,7 +231,21 @@ def _head(handle):
             f"dense by wish: layers {list(handle.config.dense_layers)}, "
             f"steps {list(handle.config.dense_steps)}"
         )
-    return lines
+    chunks = [c["chunk"] for c in values["chunks"] if c["chunk"] is not None]
+    return [*lines, _geometry(handle, max(chunks))] if chunks else lines
+
+
+def _geometry(handle, last):
+    """The sizes that the calls were counted with, so that a wrong setting is seen."""
+    config, told = handle.config, handle.facts
+    tokens = told.get("frame_tokens") or config.frame_tokens or "an unknown number of"
+    size, window = handle.chunk_frames, config.window or told.get("window")
+    ends = handle.schedule(size, window).chunk_ends
+    parts = [f"{tokens} tokens a frame", f"{size} frame{'s' if size > 1 else ''} a chunk"]
+    if window:
+        parts.append(f"a window of {window} frames")
+    had = f", this run had {last}" if last != len(ends) else ""
+    return ", ".join([*parts, f"planned for {ends[-1]} frames ({len(ends)} chunks{had})"])
 
 
 def _settings(config):

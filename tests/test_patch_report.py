@@ -31,6 +31,7 @@ def test_report_of_a_run(model):
         "lightforcing: 2 layers of InPlace; sparsity 0.88 (base 0.98) by law linear, mean scores, "
         "frames 6/1/2 first",
         "dense by wish: layers [0], steps []",
+        "20 tokens a frame, 3 frames a chunk, planned for 21 frames (7 chunks, this run had 3)",
         "chunk  calls  sparse  sparsity  density",
         "    1      6       0         -   100.0%",
         "    2      6       3     0.827    58.3%",
@@ -41,6 +42,19 @@ def test_report_of_a_run(model):
         "attention: 1.57x fewer query-key pairs than dense (6 of 18 calls sparse)",
     ]
     assert handle.report().startswith("lightforcing: unpatched (InPlace); sparsity 0.88")
+
+
+def test_report_says_which_geometry_it_counted_with(model):
+    def line(chunks, **settings):
+        with lf.patched(model, **settings, **SMALL) as handle:
+            ar.rollout(model, chunks)
+            return handle.report().splitlines()[1]
+
+    assert line(3, num_frames=9).endswith("3 frames a chunk, planned for 9 frames (3 chunks)")
+    assert line(3, frames_per_chunk=1, num_frames=9).split(", ")[1:] == [
+        "1 frame a chunk", "planned for 9 frames (9 chunks", "this run had 7)",
+    ]  # fmt: skip
+    assert ", a window of 6 frames, planned for 63 frames (21 chunks, " in line(2, window=6)
 
 
 def test_report_before_any_call(model):
