@@ -9,6 +9,7 @@ can be captured, patched or not.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -245,15 +246,18 @@ def capture(
         A :class:`Capture`, whose ``close()``, or the end of the ``with`` block, ends it.
 
     Raises:
-        ValueError: nothing to capture in the target, a layer or chunk that it has not, a limit
-            that is no number, or a target that is being captured; later, in the forward, a grid
-            that is not that of the frames. FileExistsError: the folder holds captures, or is none.
+        ValueError: nothing to capture in the target, an empty list, a layer, chunk or step that
+            it has not, a limit that is no number, or a target that is being captured; later, in
+            the forward, a grid that is not that of the frames. TypeError: no list of numbers, or
+            no path. FileExistsError: the folder holds captures, or is none.
         ImportError: safetensors is not installed.
     """
     import safetensors.torch  # noqa: F401  (now, and not after the first long forward)
 
     if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 < limit < 2**30:
         raise ValueError(f"limit: expected GiB, a number above 0, got {limit!r}")
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder):
+        raise TypeError(f"folder: expected the path of a folder, got {folder!r}")
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"folder: expected a folder, got {folder}, which is a file")
@@ -291,16 +295,16 @@ def _find(target, layers, chunks, steps):
         adapter, attentions, modules = adapters.find(target)
         depth = len(attentions)
     elif "watch" in vars(handle):
-        raise ValueError("target: expected one that is not being captured, got one that is")
+        raise ValueError(
+            "target: expected one that is not being captured, got one that is; end that capture "
+            "first, with its close(), or use `with`"
+        )
     else:
         depth = handle.depth
-    chunks = None if chunks is None else list(chunks)
-    if chunks is not None and min(chunks, default=1) < 1:
-        raise ValueError(f"chunks: expected numbers counted from 1, got {chunks}")
     wanted = {
         "layers": _layers(layers, depth),
-        "chunks": None if chunks is None else frozenset(chunks),
-        "steps": None if steps is None else frozenset(steps),
+        "chunks": None if chunks is None else _numbers("chunks", chunks, 1),
+        "steps": None if steps is None else _numbers("steps", steps, 0),
     }
     if owned:
         handle = Handle(Config(sparsity=0), adapter)
@@ -357,13 +361,23 @@ def load_folder(folder, device: torch.device | str = "cpu") -> Iterator[Captured
 def _layers(layers, depth):
     if layers is None:
         layers = (0, depth // 2, depth - 1)
-    wanted = list(layers) if hasattr(layers, "__iter__") else [None]
-    if not all(isinstance(i, Integral) for i in wanted):
-        raise TypeError(f"layers: expected a list of layer numbers, got {layers!r}")
-    wrong = [i for i in wanted if not -depth <= i < depth]
+    wanted = _numbers("layers", layers)
+    wrong = sorted(i for i in wanted if not -depth <= i < depth)
     if wrong:
         raise ValueError(f"layers: expected layers of the {depth} found, got {wrong}")
     return frozenset(i % depth for i in wanted)
+
+
+def _numbers(name, given, low=None):
+    """A set of what a caller listed, at least one number, each ``low`` or more."""
+    numbers = [None] if isinstance(given, str) or not hasattr(given, "__iter__") else list(given)
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in numbers):
+        raise TypeError(f"{name}: expected a list of integers, such as [3], got {given!r}")
+    if not numbers:
+        raise ValueError(f"{name}: expected at least one number in the list, got none")
+    if low is not None and min(numbers) < low:
+        raise ValueError(f"{name}: expected numbers counted from {low}, got {numbers}")
+    return frozenset(numbers)
 
 
 def _described(original, args, kwargs):

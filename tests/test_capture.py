@@ -218,7 +218,7 @@ def test_what_is_refused(tmp_path):
         lf.capture(torch.nn.Linear(2, 2), tmp_path / "a")
     assert not (tmp_path / "a").exists()
     with lf.capture(model, tmp_path / "b", layers=(0,)):
-        with pytest.raises(ValueError, match="expected one that is not being captured"):
+        with pytest.raises(ValueError, match="not being captured, .* end that capture first"):
             lf.capture(model, tmp_path / "c")
         ar.rollout(model, 2)
     with pytest.raises(FileExistsError, match="expected one without .safetensors files"):
@@ -236,8 +236,19 @@ def test_wrong_settings_and_an_empty_capture_are_told(tmp_path, caplog):
         with pytest.raises(ValueError, match="chunks: expected numbers counted from 1, got"):
             lf.capture(model, tmp_path / "a", chunks=chunks)
     for layers in ("all", 1, [0.5]):
-        with pytest.raises(TypeError, match="layers: expected a list of layer numbers, got"):
+        with pytest.raises(TypeError, match="layers: expected a list of integers, such as"):
             lf.capture(model, tmp_path / "a", layers=layers)
+    for name, value in (("steps", "0"), ("steps", 0), ("chunks", "3"), ("chunks", 3)):
+        with pytest.raises(TypeError, match=rf"{name}: expected a list .*\[3\], got {value!r}"):
+            lf.capture(model, tmp_path / "a", **{name: value})
+    for name in ("layers", "chunks", "steps"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least one number"):
+            lf.capture(model, tmp_path / "a", **{name: []})
+    with pytest.raises(ValueError, match=r"steps: expected numbers counted from 0, got \[-1\]"):
+        lf.capture(model, tmp_path / "a", steps=[-1])
+    for folder in ("", None, 5):
+        with pytest.raises(TypeError, match="folder: expected the path of a folder, got"):
+            lf.capture(model, folder)
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="folder: expected a folder, got .*, which is a file"):
         lf.capture(model, tmp_path / "file")
