@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-import torch
+from lightforcing import cli
 
 
 def number(kind, least, most):
@@ -27,17 +27,7 @@ def number(kind, least, most):
 count = number(int, 1, 1_000_000)
 seed = number(int, 0, 1_000_000)
 duration = number(float, 1e-3, 1e9)
-
-
-def device(text):
-    """A device of this machine."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(
-            f"expected cpu, or a GPU that torch sees, got {text}"
-        ) from None
-    return text
+device, new_file, new_folder = cli.device, cli.new_file, cli.new_folder
 
 
 def pattern(text):
@@ -56,16 +46,6 @@ def old_file(text):
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"expected a file, got {text}")
     return Path(text)
-
-
-def new_file(text):
-    """A file to write, whose folder is there or can be made."""
-    path = Path(text)
-    nearest = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir() or not nearest.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file in a folder, got {text}")
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def folder(text):

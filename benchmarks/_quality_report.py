@@ -72,6 +72,9 @@ QUESTIONS = {
         ("preset fast", "preset paper"),
         ("preset balanced", "preset fast"),
         ("preset quality", "preset balanced"),
+        ("preset quality q64", "preset quality"),
+        ("preset quality linear", "preset quality"),
+        ("preset fast q64", "preset fast"),
     ],
 }
 
@@ -167,6 +170,7 @@ def text(made):
         for pair in pairs:
             label = f"{pair['first']} - {pair['second']}"
             lines.append(f"{label:44}" + "".join(f"{show(pair[n]):24}" for n in PSNR).rstrip())
+    lines += _missing(**made.get("missing", {}))
     lines += _injections(made["rows"])
     if "recall" in made:
         recall = made["recall"]
@@ -183,6 +187,18 @@ def text(made):
     for name, note in made["notes"].items():
         lines += wrap(note, 100, initial_indent=f"{name:12}", subsequent_indent=" " * 12)
     return "\n".join(lines)
+
+
+def _missing(failed=(), no_time=()):
+    """What was asked for and is not in the table, and why."""
+    lines = []
+    if failed:
+        lines += ["", f"failed: {len(failed)}"]
+        lines += [f"{name}: {why}" for name, why in failed.items()]
+    if no_time:
+        names = wrap(", ".join(no_time), 100)
+        lines += ["", f"no time was left for {len(no_time)}:", *names]
+    return lines
 
 
 def _injections(rows):

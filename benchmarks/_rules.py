@@ -88,8 +88,8 @@ class Row:
         settings: further fields of ``lightforcing.Config``; they win over ``selector``. A budget
             of :data:`CALIBRATED` stands for one that is measured first.
         clips: share of the clips that are run; side questions and costly rows take fewer.
-        preset: a preset as it is shipped, in place of selector, kept and block sizes; at 64 px
-            with the table's blocks.
+        preset: a preset, in place of selector, kept and block sizes; as it is shipped but for
+            ``settings``, and at 64 px for the table's blocks.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Row:
     def config(self, table, budget=None):
         """The settings of the patch, or None for a dense row; ``budget`` is the measured one."""
         if self.preset is not None:
-            return shipped(self.preset, table)
+            return shipped(self.preset, table).replace(**self.settings)
         if self.selector is None:
             return None
         blocks = resident(table.frame_tokens, table.block_k)
@@ -124,16 +124,16 @@ def shipped(preset, table):
     return config
 
 
-def preset_row(preset, table):
-    """The row of a preset, with the blocks that its schedule comes to."""
-    config = shipped(preset, table)
+def preset_row(preset, table, note="", **settings):
+    """The row of a preset, with the blocks that its schedule comes to; ``settings`` change it."""
+    config = shipped(preset, table).replace(**settings)
     solved = lf.cag_schedule(
         FRAMES, CHUNK, sparsity=config.sparsity, base=config.base, law=config.law
     )
     kept = [max(1, int((1 - s) * n + 1e-9)) for s, n in zip(solved[1:], table.blocks, strict=True)]
     name = "mass" if config.selector is None else config.selector.name
     name = "hsa" if config.selector is None and config.hierarchy else name
-    return Row(f"preset {preset}", "presets", name, tuple(kept), preset=preset)
+    return Row(f"preset {preset}{note}", "presets", name, tuple(kept), settings, preset=preset)
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,10 @@ def rows(table, selectors):
             made.append(Row(f"{selector} {law}{note}", group, selector, kept, settings, share))
 
     made += [preset_row(p, table) for p in ("paper", "fast", "balanced", "quality")]
+    if large:  # at 128 rows a query block, as shipped: what do half of them, and the law, bring?
+        made.append(preset_row("quality", table, " q64", block_q=64))
+        made.append(preset_row("quality", table, " linear", law="linear"))
+        made.append(preset_row("fast", table, " q64", block_q=64))
     for selector in MAIN:
         add("main", selector, "cag", "", 1 - TARGET, None, 1.0)
     if large:

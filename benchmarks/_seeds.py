@@ -37,6 +37,11 @@ def tables(paths):
         for row in load_rows(path):
             if "scores" not in row:
                 continue
+            if "weights" not in row.get("key", {}):
+                raise ValueError(
+                    f"--join: expected rows that name their weights, got {row.get('name')} "
+                    f"of {path} without"
+                )
             here = {n: row["key"].get(n) for n in ALIKE}
             place = place or here
             if here != place:
@@ -118,6 +123,11 @@ def join(tables):
     return made
 
 
+def _plain(values, between):
+    """A number for each training, a dash where it has none."""
+    return between.join("-" if x is None else f"{x:.2f}" for x in values)
+
+
 def _cell(found):
     """Mean of the trainings, and the lowest and the highest of them."""
     if found["mean"][0] is None or found["low"] is None:
@@ -134,7 +144,7 @@ def text(made):
             f"  {number}: weights {facts['weights']}, {facts['clips']} clips, commit "
             f"{', '.join(facts['commit'])}, {', '.join(facts['device'])}"
         )
-    dense = ["/".join(f"{x:.2f}" for x in made["dense"][n]) for n in MEASURES]
+    dense = [_plain(made["dense"][n], "/") for n in MEASURES]
     lines += [
         "",
         "PSNR in dB; mean over the trainings of the paired difference (lowest to highest of them)",
@@ -143,7 +153,7 @@ def text(made):
     ]
     for row in made["rows"]:
         cells = "".join(f"{_cell(row[n]):26}" for n in MEASURES)
-        glyphs = " ".join(f"{x:.2f}" for x in row["glyph_hard"])
+        glyphs = _plain(row["glyph_hard"], " ")
         lines.append(f"{row['name'] + ' - dense':28}{cells}{glyphs}")
     lines.append("")
     for pair in made["questions"]:

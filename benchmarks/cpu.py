@@ -266,6 +266,7 @@ def main():
                 print(f"{row}: error {error:.1e} is above {bound:.1e}")
                 failed = True
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(failed)
 

@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import sys
-from pathlib import Path
 
 import _here  # noqa: F401
 import torch
@@ -196,7 +195,8 @@ def main(argv=None):
         settings = {k: v for k, v in vars(options).items() if k not in ("paths", "json")}
         document = {"environment": facts, "settings": settings, "checkouts": checkouts,
                     "two_checkouts": extra}  # fmt: skip
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if failed or not checks else 0
 
 

@@ -18,7 +18,8 @@ SSIM; and the drift in dB a chunk. On the dense trajectory: the share of attenti
 kept keys hold (mean, 5th percentile, against the oracle's) and the output's relative error.
 
 Finished rows are kept in FOLDER, a line each, and not run again at the same commit with the same
-weights and clips; rows come most wanted first, and none is begun that would not end in time.
+weights and clips; rows come most wanted first, and none is begun that would not end in time. The
+exit status is 1 if a row failed, 3 if the time did not suffice for all; both are listed.
 --plan says what they will take, from the seconds of an earlier run's rows.
 
 --join puts the rows of several trainings (--weights, --only key) side by side: the mean, and the
@@ -42,7 +43,7 @@ import _here  # noqa: F401
 import _seeds
 import numpy as np
 import torch
-from _arguments import count, device, duration, number, old_file, seed
+from _arguments import count, device, duration, new_file, new_folder, number, old_file, seed
 from _compiled import compiled
 from _judge import Tally, judge, text
 from _paired import Store, digest, load_rows
@@ -170,7 +171,11 @@ def run_rows(exam, todo, store, seconds, report, slowest=None):
     """Run what is not stored yet, as long as it fits into ``seconds``.
 
     ``slowest`` is what rows of a kind took with all clips, in earlier calls and, afterwards, here.
+
+    Returns:
+        What is missing now: ``failed``, why by name, and ``no_time``, names.
     """
+    failed, no_time = {}, []
     begin, slowest = time.perf_counter(), {} if slowest is None else slowest
     for row in todo:
         missing = any(r.name not in store for r in todo)
@@ -183,16 +188,19 @@ def run_rows(exam, todo, store, seconds, report, slowest=None):
         guess = slowest.get(kind, usual)
         if spent + guess * row.clips > seconds:
             report(f"no time left for {row.name}")
+            no_time += [row.name]
             continue
         try:
             made = exam.run(row)
         except Exception as error:  # one row that fails must not lose the others
-            report(f"{row.name}: {type(error).__name__}: {error}")
+            failed[row.name] = f"{type(error).__name__}: {error}"
+            report(f"{row.name}: {failed[row.name]}")
             continue
         if row.name not in store:
             store.put(row.name, **made)
         slowest[kind] = made["seconds"] / row.clips
         report(brief(row.name, made))
+    return {"failed": failed, "no_time": no_time}
 
 
 def brief(name, made):
@@ -226,7 +234,8 @@ def captured(args):
         print(f"{name} left out: {why}")
     if args.results:
         record = {"facts": facts(args), "means": tally.means(), "cells": tally.cells}
-        Path(f"{args.results}.json").write_text(json.dumps(record, indent=1) + "\n")
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
@@ -282,8 +291,10 @@ def parser():
     made.add_argument("--seed", type=seed, default=0, help="of the noise")
     made.add_argument("--sweep", choices=["quick", "slow"], default="quick", help="of the clips")
     made.add_argument("--commit", help="where there is no git; default: LIGHTFORCING_COMMIT")
-    made.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rows")
-    made.add_argument("--results", type=Path, metavar="PREFIX", help="write PREFIX.json .txt .png")
+    made.add_argument("--out", type=new_folder, default=Path("build/quality"), help="finished rows")
+    made.add_argument(
+        "--results", type=new_file, metavar="PREFIX", help="write PREFIX.json .txt .png"
+    )
     made.add_argument("--beside", type=old_file, metavar="ROWS", help="another run's finished rows")
     made.add_argument(
         "--plan", type=old_file, metavar="ROWS", help="an earlier run's finished rows"
@@ -421,21 +432,29 @@ def table_of_rows(args):
 
     first = [r for r in todo if r.selector is None or r.group in ("main", "presets")]
     rest, slowest = [r for r in todo if r.selector is None or r not in first], {}
-    run_rows(exam, first, store, left(), report, slowest)
-    if args.judged != 0 and "recall" not in store and left() > 0:
-        try:
-            put_recall(exam, store, args.judged)
-            report("recall")
-        except RuntimeError as error:  # memory, on a GPU: the rows are worth more
-            report(f"recall: {type(error).__name__}: {error}")
-    run_rows(exam, rest, store, left(), report, slowest)
+    missing = run_rows(exam, first, store, left(), report, slowest)
+    failed, no_time = missing["failed"], missing["no_time"]
+    if args.judged != 0 and "recall" not in store:
+        if left() > 0:
+            try:
+                put_recall(exam, store, args.judged)
+                report("recall")
+            except RuntimeError as error:  # memory, on a GPU: the rows are worth more
+                failed["recall"] = f"{type(error).__name__}: {error}"
+                report(f"recall: {failed['recall']}")
+        else:
+            no_time.append("recall")
+    missing = run_rows(exam, rest, store, left(), report, slowest)
+    failed |= missing["failed"]
+    no_time += [n for n in missing["no_time"] if n not in no_time]
     summary = _quality_report.summary(store, exam.table, facts)
+    summary["missing"] = {"failed": failed, "no_time": no_time}
     print(_quality_report.text(summary))
     if args.beside:
         print("\n".join(_quality_report.beside(store, load_rows(args.beside), args.beside.name)))
     if args.results:
         _quality_report.write(summary, args.results)
-    return 0
+    return 1 if failed else 3 if no_time else 0
 
 
 if __name__ == "__main__":

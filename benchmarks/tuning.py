@@ -27,7 +27,7 @@ from pathlib import Path
 import _here  # noqa: F401
 import torch
 import torch.nn.functional as F
-from _arguments import count, device, duration, new_file, number, seed
+from _arguments import count, device, duration, new_file, new_folder, number, seed
 from _paired import Store, difference, digest, interval, show
 from _rules import TABLES, rows
 from quality import Exam, facts
@@ -263,7 +263,9 @@ def main(argv=None):
     )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--commit", help="where there is no git; default: LIGHTFORCING_COMMIT")
-    parser.add_argument("--out", type=Path, default=Path("build/quality"), help="finished rules")
+    parser.add_argument(
+        "--out", type=new_folder, default=Path("build/quality"), help="finished rules"
+    )
     parser.add_argument(
         "--results", type=new_file, metavar="PREFIX", help="write PREFIX.json and .txt"
     )

@@ -12,6 +12,8 @@ import importlib
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 
 class Stop(Exception):
@@ -68,9 +70,12 @@ def selftest(options) -> int:
 
     report = None if options.json else lambda row: print(checks.line(row), flush=True)
     rows = checks.run(seconds=options.seconds, seed=options.seed, report=report)
-    failed = [r for r in rows if not r["ok"]]
+    failed, untested = [r for r in rows if not r["ok"]], checks.why_not_cuda()
+    if untested and report:
+        print(f"CUDA: not tested, {untested}")
     done = f"{len(rows) - len(failed)} of {len(rows)} checks passed (seed {options.seed})"
-    show(options, {"ok": not failed, "seed": options.seed, "checks": rows}, done)
+    answer = {"ok": not failed, "seed": options.seed, "cuda_untested": untested, "checks": rows}
+    show(options, answer, done)
     return 1 if failed else 0
 
 
@@ -168,6 +173,62 @@ def seconds(text: str) -> float:
     if not 0 < value <= 86400:
         raise argparse.ArgumentTypeError(f"expected seconds, above 0 and up to 86400, got {text}")
     return value
+
+
+def device(text: str) -> str:
+    """An argument that is the CPU or a CUDA GPU of this machine."""
+    import torch
+
+    try:
+        good = torch.device(text).type in ("cpu", "cuda")
+        if good:
+            torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"expected cpu, or a GPU that torch sees, got {text}")
+    return text
+
+
+def _makeable(path: Path) -> bool:
+    """Can a folder of this name be used or made? Tried in the nearest one; nothing is left."""
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".lightforcing-", dir=nearest).cleanup()
+    except OSError:
+        return False
+    return True
+
+
+def new_file(text: str) -> Path:
+    """An argument that is a file to write; who writes it makes its folder, where there is none."""
+    path = Path(text)
+    try:
+        where = path.absolute()
+        good = not path.is_dir() and _makeable(where.parent)
+        good = good and (not path.exists() or os.access(path, os.W_OK))
+    except (OSError, ValueError):  # a name too long, or with a zero byte
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(
+            f"expected a file in a folder that is there or can be made, got {text}"
+        )
+    return path
+
+
+def new_folder(text: str) -> Path:
+    """An argument that is a folder to write to, there or not yet; it is not made here."""
+    path = Path(text)
+    try:
+        good = _makeable(path.absolute())
+    except (OSError, ValueError):
+        good = False
+    if not good:
+        what = ", which is a file" if os.path.isfile(text) else ""
+        raise argparse.ArgumentTypeError(
+            f"expected a folder that is there or can be made, got {text}{what}"
+        )
+    return path
 
 
 def parser() -> argparse.ArgumentParser:

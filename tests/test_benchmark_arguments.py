@@ -21,7 +21,9 @@ import tuning  # noqa: E402
         (bench, "--rows (", "--rows: expected a regular expression, got ("),
         (bench, "--samples 0", "--samples: expected an integer from 1"),
         (bench, "--against none.json", "--against: expected a file, got none.json"),
-        (bench, "--json .", "--json: expected a file in a folder, got ."),
+        (bench, "--json .", "--json: expected a file in a folder that is there or can be made"),
+        (bench, "--json bad.json/y.json", "--json: expected a file in a folder that is there"),
+        (attention_share, "--device meta", "--device: expected cpu, or a GPU that torch sees"),
         (attention_share, "--device nowhere", "--device: expected cpu, or a GPU that torch sees"),
         (attention_share, "--size 9B", "--size: invalid choice: '9B'"),
         (attention_share, "--layers 0", "--layers: expected an integer from 1"),
@@ -35,6 +37,9 @@ import tuning  # noqa: E402
         (quality, "--judged -1", "--judged: expected an integer from 0"),
         (quality, "--seed -1", "--seed: expected an integer from 0"),
         (quality, "--device nowhere", "--device: expected cpu, or a GPU that torch sees"),
+        (quality, "--results bad.json/x", "--results: expected a file in a folder"),
+        (quality, "--out bad.json", "--out: expected a folder that is there or can be made, got"),
+        (tuning, "--out bad.json", "--out: expected a folder that is there or can be made, got"),
         (quality, "--join none", "--join: expected a file, got none"),
         (tuning, "--seconds -1", "--seconds: expected a number from 0.001"),
         (tuning, "--steps 0", "--steps: expected an integer from 1"),
@@ -72,8 +77,25 @@ def test_right_ones_pass(read, text, value):
     assert read(text) == value
 
 
-def test_a_new_file_gets_its_folder(tmp_path):
-    assert _arguments.new_file(str(tmp_path / "a" / "b.json")) == tmp_path / "a" / "b.json"
-    assert (tmp_path / "a").is_dir()
+def test_a_place_to_write_is_tried_and_not_made(tmp_path, monkeypatch):
+    file = tmp_path / "a" / "b.json"
+    assert _arguments.new_file(str(file)) == file
+    assert _arguments.new_folder(str(file.parent)) == file.parent
+    assert not list(tmp_path.iterdir())
+    file.parent.mkdir()
+    file.write_text("old")
+    assert _arguments.new_file(str(file)) == file and file.read_text() == "old"
+    assert list(tmp_path.rglob("*")) == [file.parent, file]
     with pytest.raises(argparse.ArgumentTypeError, match="expected a file in a folder"):
-        _arguments.new_file(str(tmp_path / "a"))
+        _arguments.new_file(str(file.parent))
+    for below in (file, file / "c"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a folder that is there"):
+            _arguments.new_folder(str(below))
+
+    def refused(*arguments, **options):
+        raise PermissionError
+
+    monkeypatch.setattr(_arguments.cli.tempfile, "TemporaryDirectory", refused)
+    for read in (_arguments.new_file, _arguments.new_folder):
+        with pytest.raises(argparse.ArgumentTypeError, match="there or can be made, got"):
+            read(str(tmp_path / "none" / "y"))

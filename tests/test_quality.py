@@ -81,7 +81,8 @@ def test_rows_are_unique_and_their_settings_hold(table):
 
 @pytest.mark.parametrize("table", _rules.TABLES.values(), ids=str)
 def test_presets_are_rows_as_they_are_shipped(table):
-    made = {r.preset: r for r in _rules.rows(table, selectors.names()) if r.preset}
+    every = [r for r in _rules.rows(table, selectors.names()) if r.preset]
+    made = {r.preset: r for r in every if not r.settings}
     assert list(made) == ["paper", "fast", "balanced", "quality"]
     for name, row in made.items():
         config, shipped = row.config(table), lf.Config.preset(name)
@@ -91,6 +92,16 @@ def test_presets_are_rows_as_they_are_shipped(table):
         assert len(row.kept) == 6 and row.selector == ("hsa" if name == "paper" else "mass")
     assert made["paper"].kept == table.counts("cag")
     assert sum(made["fast"].kept) < sum(made["balanced"].kept) < sum(made["quality"].kept)
+    changed = {r.name: r for r in every if r.settings}
+    assert bool(changed) == (table.view == 128)
+    for name, row in changed.items():
+        before, after = (r.config(table).to_dict() for r in (made[row.preset], row))
+        assert {k: v for k, v in after.items() if v != before[k]} == row.settings, name
+        # Another block size keeps the same blocks; another law shares about as many out otherwise.
+        if "law" in row.settings:
+            assert row.kept[0] < made[row.preset].kept[0] and row.kept[-1] > row.kept[0]
+        else:
+            assert row.kept == made[row.preset].kept
 
 
 def test_one_sparse_chunk_at_a_time():
@@ -211,6 +222,36 @@ def test_rows_are_run_once_and_in_time(exam, tmp_path):
     short = [*todo, _rules.Row("less", "main", "mean", SMALL.counts("cag"), clips=0.25)]
     quality.run_rows(slow, short, _paired.Store(tmp_path / "t.jsonl", {}), 50.0, said.append)
     assert [line.split()[0] for line in said[-3:]] == ["dense", "no", "less"]
+
+
+def test_rows_that_fail_or_find_no_time_are_told(exam, tmp_path, monkeypatch, capsys):
+    def run(row):
+        if row.name == "mean cag":
+            raise RuntimeError("no memory")
+        return exam.run(row)
+
+    half = SimpleNamespace(dense={}, run=run, table=SMALL)
+    todo = [_rules.Row("dense"), *(_rules.Row(f"mean {law}", "main", "mean", SMALL.counts(law))
+                                   for law in ("cag", "uniform"))]  # fmt: skip
+    facts = dict(device="d", commit="c", weights="w", torch="t", view=32, frame_tokens=64, clips=3,
+                 block_k=16, block_q=16, sweep="quick", seed=0)  # fmt: skip
+
+    def table(name, todo, *arguments):
+        store = _paired.Store(tmp_path / f"{name}.jsonl", facts)
+        monkeypatch.setattr(quality, "prepare", lambda args: (half, todo, store))
+        results = str(tmp_path / name)
+        code = quality.main(["--judged", "0", "--results", results, *arguments])
+        return code, json.loads((tmp_path / f"{name}.json").read_text())["missing"]
+
+    assert table("whole", todo[::2]) == (0, {"failed": {}, "no_time": []})
+    capsys.readouterr()
+    failed = {"mean cag": "RuntimeError: no memory"}
+    assert table("failed", todo) == (1, {"failed": failed, "no_time": []})
+    assert "failed: 1\nmean cag: RuntimeError: no memory" in capsys.readouterr().out
+    late = {"failed": {}, "no_time": ["dense", "mean uniform"]}
+    monkeypatch.setattr(quality.time, "perf_counter", iter(range(0, 10**6, 10)).__next__)
+    assert table("late", todo[::2], "--seconds", "5") == (3, late)
+    assert "no time was left for 2:\ndense, mean uniform" in capsys.readouterr().out
 
 
 def test_only():
@@ -346,6 +387,22 @@ def test_what_cannot_be_joined_is_told(tmp_path, capsys):
     b = training(tmp_path / "b.jsonl", "w1", [20.0], [19.0], view=128)
     assert quality.main(["--join", str(a), str(b)]) == 2
     assert "--join: expected rows of one view, got 64 and 128" in capsys.readouterr().err
+
+
+def test_a_measure_without_a_value_is_a_dash(tmp_path, capsys):
+    for name in "ab":
+        training(tmp_path / f"{name}.jsonl", name, [np.nan] * 2, [np.nan] * 2)
+    assert quality.main(["--join", *(str(tmp_path / f"{n}.jsonl") for n in "ab")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["dense", "-/-", "-/-", "-/-"] in lines
+    assert "hsa cag - dense - - - - -".split() in lines
+
+
+def test_rows_without_weights_are_not_joined(tmp_path, capsys):
+    store = _paired.Store(tmp_path / "a.jsonl", {"view": 64})
+    store.put("dense", scores={})
+    assert quality.main(["--join", str(store.path)]) == 2
+    assert "--join: expected rows that name their weights, got dense" in capsys.readouterr().err
 
 
 def test_a_plan_adds_up_the_seconds_of_an_earlier_run(tmp_path, capsys):

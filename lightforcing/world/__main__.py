@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..cli import number, positive, seconds
+from ..cli import device, new_file, new_folder, number, positive, seconds
 from ..config import PRESETS
 from ..models import load_wan
 from . import evaluate, render, weights
@@ -25,7 +25,6 @@ from .train import Trainer, trained
 
 def train(options) -> int:
     """Train, or go on training; exit 3 when the time was up before the recipe was over."""
-    _new_folder(options.folder, "--folder")
     recipe = RECIPES[options.model]
     if options.stages:
         recipe = shortened(recipe, options.stages)
@@ -59,29 +58,6 @@ def _sizes(options):
         )
 
 
-def _new_file(path, name):
-    """Checks that a file can be written there."""
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ValueError(f"{name}: expected a file in a folder that is there, got {path}")
-
-
-def _new_folder(path, name):
-    """Checks that a folder is there or can be made."""
-    if path and Path(path).exists() and not Path(path).is_dir():
-        raise ValueError(f"{name}: expected a folder, got {path}, which is a file")
-
-
-def device(text: str) -> str:
-    """An argument that is a device of this machine."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(
-            f"expected cpu, or a GPU that torch sees, got {text}"
-        ) from None
-    return text
-
-
 def _examined(model, options) -> list[dict]:
     """The gates at every size asked for, with a bar on stderr."""
     results = []
@@ -106,7 +82,6 @@ def _examined(model, options) -> list[dict]:
 def gates(options) -> int:
     """Examine weights; exit 1 if a gate fails."""
     _sizes(options)
-    _new_file(options.json, "--json")
     device = _device(options)
     dtype = torch.float16 if device != "cpu" else torch.float32
     if options.weights and Path(options.weights).is_file():
@@ -115,7 +90,8 @@ def gates(options) -> int:
         model = weights.load_world(options.weights, device=device, dtype=dtype)
     results = _examined(model, options)
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if all(r["ok"] for r in results) else 1
 
 
@@ -127,7 +103,6 @@ def export(options) -> int:
     _sizes(options)
     folder = Path(options.folder)
     out = Path(options.out or folder / "export").absolute()
-    _new_folder(out, "--out")
     model, at = trained(folder)
     log = (folder / "log.jsonl").read_text()
     facts = weights.history([json.loads(s) for s in log.splitlines()], at, weights_of(model))
@@ -156,7 +131,6 @@ def export(options) -> int:
 
 def pictures(options) -> int:
     """Roll examination clips out, dense and under presets, and draw one of them."""
-    _new_folder(options.out, "--out")
     if unknown := [name for name in options.rules if name not in ("dense", *PRESETS)]:
         raise ValueError(
             f"--rules: expected some of dense, {', '.join(PRESETS)}, got {', '.join(unknown)}"
@@ -193,7 +167,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--batch", type=positive, default=64, help="clips of 64 px at a time")
 
     command = add("train", train)
-    command.add_argument("--folder", default="world", help="of checkpoint, log and weights")
+    command.add_argument(
+        "--folder", type=new_folder, default="world", help="of checkpoint, log and weights"
+    )
     command.add_argument("--model", choices=MODELS, default="narrow")
     command.add_argument("--seconds", type=seconds, default=float("inf"), help="of this run")
     command.add_argument("--stages", type=seconds, nargs="+", help="seconds of each stage")
@@ -201,15 +177,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--piece", type=positive, help="MiB: checkpoints in files no larger")
     command = add("evaluate", gates)
     command.add_argument("--weights", help="file or folder of an export; else those that ship")
-    command.add_argument("--json", help="file for all figures")
+    command.add_argument("--json", type=new_file, help="file for all figures")
     sizes(command)
     command = add("export", export)
     command.add_argument("--folder", default="world", help="of the run; default: world")
-    command.add_argument("--out", help="folder; default: FOLDER/export")
+    command.add_argument("--out", type=new_folder, help="folder; default: FOLDER/export")
     sizes(command)
     command = add("render", pictures)
     command.add_argument("--weights", help="folder of an export; else those that ship")
-    command.add_argument("--out", default="world-pictures")
+    command.add_argument("--out", type=new_folder, default="world-pictures")
     command.add_argument("--rules", nargs="+", default=["dense", "fast", "paper"])
     command.add_argument("--view", type=positive, nargs=1, default=[64])
     command.add_argument("--number", type=number, default=0, help="examination clip")
