@@ -1,8 +1,18 @@
 """One child process with a time limit, for the runners of the checks."""
 
+import contextlib
 import os
 import signal
 import subprocess
+
+_running = set()  # leaders of groups
+
+
+def stop():
+    """Kill what runs in any thread, with all that it started."""
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(command, folder, environment=None, limit=None):
@@ -23,6 +33,7 @@ def run(command, folder, environment=None, limit=None):
         errors="replace",
         start_new_session=True,
     ) as process:
+        _running.add(process)
         try:
             output, _ = process.communicate(timeout=limit)
             return process.returncode, output
@@ -30,3 +41,9 @@ def run(command, folder, environment=None, limit=None):
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             return None, f"{output}\nkilled after {limit:.0f} s\n"
+        except BaseException:  # Ctrl-C: a group of its own does not get the terminal's signal
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        finally:
+            _running.discard(process)

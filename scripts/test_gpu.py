@@ -132,6 +132,7 @@ class Run:
     unseen: bool = False  # a planted fault that the tool is known not to see
     status: int | None = None  # exit status; None: out of time, or never begun
     skips: dict[str, int] = field(default_factory=dict)
+    torn: str | None = None  # why pytest's XML file could not be read
 
     @property
     def good(self):
@@ -157,6 +158,8 @@ class Run:
             text += "  no sum of reports"
         if self.status is None:
             text += "  no end"
+        if self.torn:
+            text += f"  torn results ({self.torn})"
         return text + ("" if self.good else "  <- NOT GOOD")
 
 
@@ -231,8 +234,14 @@ def counts(path, run):
     """Fill in what pytest's XML file says."""
     if not path.exists():
         return
+    try:
+        cases = list(xml.parse(path).getroot().iter("testcase"))
+    except xml.ParseError as error:  # pytest was killed while it wrote
+        run.failed += 1
+        run.torn = str(error)
+        return
     skips = Counter()
-    for case in xml.parse(path).getroot().iter("testcase"):
+    for case in cases:
         skip = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
             run.failed += 1
@@ -356,7 +365,12 @@ def run_parts(parts, out, limit, machine):
             if "fuzz" in parts:
                 waiting.append(pool.submit(fuzz, folder, machine["embedded"], out, deadline))
             waiting += [pool.submit(execute, r, c, out, deadline, e) for r, c, e in jobs]
-            return [job.result() for job in waiting]
+            try:
+                return [job.result() for job in waiting]
+            except BaseException:  # Ctrl-C comes to this thread alone
+                pool.shutdown(wait=False, cancel_futures=True)
+                child.stop()
+                raise
 
 
 def join(parts, out):

@@ -1,8 +1,11 @@
 """The runners of the checks: what did not end, said nothing or could not begin has not passed."""
 
 import importlib.util
+import os
 import re
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +36,40 @@ def test_a_child_is_killed_with_what_it_started(tmp_path):
     status, text = child.run([sys.executable, "-c", program], tmp_path, limit=3)
     assert status is None and "begun" in text and "killed after 3 s" in text
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
+def test_an_interrupted_run_leaves_no_child(tmp_path):
+    program = "import os, time; print(os.getpid(), file=open('pid', 'w')); time.sleep(60)"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 3)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            child.run([sys.executable, "-c", program], tmp_path, limit=60)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_what_runs_in_other_threads_can_be_stopped(tmp_path):
+    program, found = "import time; print('begun', flush=True); time.sleep(60)", []
+    thread = threading.Thread(
+        target=lambda: found.append(child.run([sys.executable, "-c", program], tmp_path))
+    )
+    thread.start()
+    while not child._running:
+        time.sleep(0.01)
+    child.stop()
+    thread.join(30)
+    assert found[0][0] == -signal.SIGKILL and not child._running
 
 
 def test_a_child_gets_its_folder_and_environment(tmp_path):
@@ -91,6 +128,14 @@ def test_a_process_out_of_time_is_not_good(tmp_path):
     test_gpu.join(["synccheck"], tmp_path)
     assert run.status is None and run.reports == 0 and not run.good
     assert "killed after" in (tmp_path / "synccheck.log").read_text()
+
+
+def test_a_torn_result_file_is_a_failure_with_a_word(tmp_path):
+    run, path = test_gpu.Run("tests", "x", status=-9), tmp_path / "x.xml"
+    path.write_text('<testsuites><testsuite><testcase name="a"/><testca')
+    test_gpu.counts(path, run)
+    assert (run.passed, run.failed, run.good) == (0, 1, False)
+    assert "torn results" in str(run) and "NOT GOOD: tests x" in test_gpu.summary({}, [run])
 
 
 def test_what_cannot_begin_is_not_good(tmp_path, monkeypatch):
