@@ -8,6 +8,7 @@ from typing import Any
 
 from .schedule import LAWS
 
+FLAT = ("constant", "count")  # laws without a base
 SCORES = ("mean", "mass", "lse")
 
 # What select_blocks is told beside the call's own frame size and sparsity.
@@ -50,7 +51,8 @@ class Config:
     Args:
         sparsity: share of query-key pairs not attended, averaged over the chunks that are not
             dense and weighted by resident frames; in [0, 1). 0 leaves every call dense.
-        base: sparsity that the growth laws approach; None is ``min(1, sparsity + 0.10)``.
+        base: sparsity that the growth laws ``linear`` and ``exponential`` approach; None is
+            ``min(1, sparsity + 0.10)``. The other two laws take none.
         law: ``linear``, ``exponential``, ``constant`` or ``count``, see :func:`cag_schedule`.
         schedule: sparsity of every chunk, in place of the solved one.
         num_frames: planned length in latent frames; None plans 21, or 63 with a window.
@@ -127,9 +129,13 @@ class Config:
             object.__setattr__(self, name, check(name, getattr(self, name), *limits))
 
         put("sparsity", _number, 0.0, 1.0, True)
-        low = 0.0 if self.law == "count" else self.sparsity  # which ignores it
-        put("base", _optional(_number), low, 1.0)
         put("law", _choice, LAWS)
+        put("base", _optional(_number), self.sparsity, 1.0)
+        if self.base is not None and self.law in FLAT:
+            raise ValueError(
+                f"base: expected none with law {self.law}, which does not grow towards it (linear "
+                f"and exponential do), got {self.base:g}"
+            )
         put("schedule", _optional(_tuple_of(_number)), 0.0, 1.0, True)
         for name in ("num_frames", "frames_per_chunk", "window", "frame_tokens"):
             put(name, _optional(_integer), 1)
@@ -207,7 +213,8 @@ class Config:
     def replace(self, *, sparsity=None, **overrides):
         """A copy with fields replaced.
 
-        ``sparsity=s`` also sets base to ``min(1, s + 0.10)`` and drops a given schedule.
+        ``sparsity=s`` also sets base to ``min(1, s + 0.10)`` and drops a given schedule; a law
+        without a base drops the base.
 
         Raises:
             TypeError: no field of this name, or score or hierarchy beside a selector.
@@ -221,6 +228,8 @@ class Config:
             )
         if sparsity is not None:
             overrides = {"sparsity": sparsity, "base": None, "schedule": None, **overrides}
+        if overrides.get("law") in FLAT:
+            overrides = {"base": None, **overrides}
         return replace(self, **overrides)
 
     def to_dict(self):

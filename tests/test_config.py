@@ -69,6 +69,12 @@ def test_is_frozen():
         ({"sparsity": float("nan")}, "sparsity: expected a number in [0, 1), got nan"),
         ({"law": "linear", "base": 0.7}, "base: expected a number in [0.8, 1], got 0.7"),
         ({"law": "linear", "base": 1.5}, "base: expected a number in [0.8, 1], got 1.5"),
+        ({"law": "count", "base": 0.9},
+         "base: expected none with law count, which does not grow towards it (linear and "
+         "exponential do), got 0.9"),
+        ({"law": "constant", "base": 0.9},
+         "base: expected none with law constant, which does not grow towards it (linear and "
+         "exponential do), got 0.9"),
         ({"law": "cubic"},
          "law: expected one of linear, exponential, constant, count, got 'cubic'"),
         ({"score": "max"}, "score: expected one of mean, mass, lse, got 'max'"),
@@ -122,6 +128,16 @@ def test_a_score_beside_a_selector_is_refused(beside):
     expected = f"selector: expected no {name} beside it, which it takes the place of, got {value!r}"
     assert str(failure.value) == expected
     assert Config.preset("paper", selector="sta").score == "mean"  # the preset's own may stay
+
+
+@pytest.mark.parametrize("law", ["constant", "count"])
+def test_a_law_without_a_base_drops_the_presets_own_and_refuses_a_given_one(law):
+    c = Config.preset("paper", law=law)
+    assert (c.law, c.base) == (law, None) and Config.from_dict(c.to_dict()) == c
+    assert Config.preset("paper").replace(law=law) == c
+    for make in (lambda: Config.preset("paper", law=law, base=0.98), lambda: c.replace(base=0.98)):
+        with pytest.raises(ValueError, match=f"base: expected none with law {law}"):
+            make()
 
 
 def test_unknown_names_list_the_known_ones():
