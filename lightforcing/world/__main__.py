@@ -103,6 +103,8 @@ def export(options) -> int:
     _sizes(options)
     folder = Path(options.folder)
     out = Path(options.out or folder / "export").absolute()
+    if out.is_file():  # the default is not argparse's to judge
+        raise ValueError(f"--out: expected a folder, got {out}, which is a file")
     model, at = trained(folder)
     log = (folder / "log.jsonl").read_text()
     facts = weights.history([json.loads(s) for s in log.splitlines()], at, weights_of(model))

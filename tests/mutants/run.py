@@ -244,11 +244,17 @@ def run_on_gpu(mutants, folder, out):
 
     with pool, turns:
         waiting = [pool.submit(attempt, n, m) for n, m in enumerate([*whole, *mutants])]
-        for mutant, job in zip([*whole, *mutants], waiting, strict=True):
-            try:
-                (table.harmed if mutant.path else table.unharmed)(mutant, job.result())
-            except (RuntimeError, OSError) as error:
-                table.broken(mutant, error)
+        try:
+            for mutant, job in zip([*whole, *mutants], waiting, strict=True):
+                try:
+                    (table.harmed if mutant.path else table.unharmed)(mutant, job.result())
+                except (RuntimeError, OSError) as error:
+                    table.broken(mutant, error)
+        except BaseException:  # Ctrl-C comes to this thread alone
+            for threads in (pool, turns):
+                threads.shutdown(wait=False, cancel_futures=True)
+            child.stop()
+            raise
     return table.end()
 
 
