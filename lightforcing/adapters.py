@@ -15,8 +15,9 @@ For a family with another contract subclass :class:`Adapter` and call :func:`reg
 import dis
 import functools
 import inspect
+import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,12 +317,21 @@ def places(target):
         yield list(modules_of([target, vars(target)]))
 
 
+def _is_state(target):
+    """Is it a state dict: weights without their model?"""
+    values = list(target.values()) if isinstance(target, Mapping) else []
+    return bool(values) and all(isinstance(x, torch.Tensor) for x in values)
+
+
 def find(target):
     """The first adapter that finds layers in ``target``, these layers, and all its modules.
 
     Raises:
         ValueError: no adapter found any; the sentence says what was looked for.
     """
+    if isinstance(target, (type, str, os.PathLike)) or _is_state(target):
+        kind = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
+        raise ValueError(f"target: expected a model instance, or what holds one, got {kind}")
     adapters = [*_adapters, GlobalAttention()]
     for modules in places(target):
         for adapter in adapters:

@@ -1,5 +1,6 @@
 """All settings of a patched model in one frozen value, and the presets by name."""
 
+import difflib
 import json
 import math
 import operator
@@ -207,7 +208,10 @@ class Config:
             ValueError: no preset of this name. TypeError: no field of this name.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+            given = f"a {type(name).__name__}" if isinstance(name, (Config, dict)) else repr(name)
+            raise ValueError(
+                f"preset: expected one of {', '.join(PRESETS)}, got {given}{_meant(name)}"
+            )
         return cls(**PRESETS[name]).replace(sparsity=sparsity, **overrides)
 
     def replace(self, *, sparsity=None, **overrides):
@@ -265,6 +269,18 @@ class Config:
                 f"text: expected JSON of a Config, got {text[:40]!r}: {error}"
             ) from None
         return cls.from_dict(values)
+
+
+def _meant(name):
+    """What somebody who wrote ``name`` for a preset will have meant, or nothing."""
+    if isinstance(name, (int, float)) and not isinstance(name, bool):
+        return f"; did you mean sparsity={name!r}?"
+    if isinstance(name, (Config, dict)):
+        return "; settings are given as config="
+    if not isinstance(name, str):
+        return ""
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), PRESETS, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _known(values):

@@ -153,6 +153,26 @@ def test_unknown_names_list_the_known_ones():
     )
 
 
+@pytest.mark.parametrize(
+    "given, ending",
+    [
+        ("blanced", "got 'blanced'; did you mean 'balanced'?"),
+        ("Fast", "got 'Fast'; did you mean 'fast'?"),
+        ("paper_long", "got 'paper_long'; did you mean 'paper-long'?"),
+        (0.8, "got 0.8; did you mean sparsity=0.8?"),
+        ({"sparsity": 0.8}, "got a dict; settings are given as config="),
+        (Config(), "got a Config; settings are given as config="),
+        (None, "got None"),
+    ],
+)
+def test_what_is_no_preset_is_told_what_to_write(given, ending):
+    with pytest.raises(ValueError) as failure:
+        lf.patch(object(), given)
+    assert str(failure.value) == (
+        f"preset: expected one of paper, paper-long, quality, balanced, fast, {ending}"
+    )
+
+
 def test_numpy_numbers_become_plain_ones():
     import numpy as np
 

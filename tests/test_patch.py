@@ -283,6 +283,23 @@ def test_decorated_forward_is_looked_through():
         assert handle.stats()["sparse_calls"] == 24
 
 
+@pytest.mark.parametrize(
+    "target, kind",
+    [
+        (ar.Model, "the class Model"),
+        ("model.pt", "str"),
+        (ar.make().state_dict(), "OrderedDict"),
+    ],
+)
+def test_what_is_no_instance_is_told_so(target, kind):
+    for use in (lf.patch, lambda target: lf.capture(target, "never-made")):
+        with pytest.raises(ValueError) as failure:
+            use(target)
+        assert str(failure.value) == (
+            f"target: expected a model instance, or what holds one, got {kind}"
+        )
+
+
 def test_nothing_found_says_what_was_missing():
     with pytest.raises(ValueError) as failure:
         lf.patch(nn.Linear(2, 2))
