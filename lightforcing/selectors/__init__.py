@@ -8,6 +8,7 @@ row keeps is the schedule's affair. :func:`register` adds a selector of yours un
 """
 
 from functools import partial
+from numbers import Integral
 
 from . import metrics
 from .base import Geometry, Selector, make, names, register, to_dict, token_places
@@ -82,7 +83,8 @@ def select(
 
     Raises:
         ValueError: no such selector, sizes disagree, a grid is needed, or neither or both of
-            sparsity and kept are given. TypeError: an option that the selector does not have.
+            sparsity and kept are given. TypeError: an option that the selector does not have, or
+            a grid that is no pair of integers.
     """
     from ..ops import plan_selection
 
@@ -110,9 +112,14 @@ def select(
         )[1]
     if chosen.needs_grid and grid is None:
         raise ValueError(f"grid: expected rows and columns for selector {chosen.name}, got None")
+    if grid is not None:
+        listed = tuple(grid) if hasattr(grid, "__iter__") and not isinstance(grid, str) else ()
+        if len(listed) != 2 or not all(isinstance(x, Integral) for x in listed):
+            raise TypeError(f"grid: expected two integers, rows and columns, got {grid!r}")
+        grid = listed
     geometry = Geometry(
-        frame_tokens, *frames, kept, block_q, block_k, grid and tuple(grid), order, first_frame,
-        sink_frames, chunk, layer, step, scale,
+        frame_tokens, *frames, kept, block_q, block_k, grid, order, first_frame, sink_frames,
+        chunk, layer, step, scale,
     )  # fmt: skip
     return chosen.select(q, k, geometry)
 

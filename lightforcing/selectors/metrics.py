@@ -47,6 +47,10 @@ def measure(
     import torch
 
     single = isinstance(lists, BlockList)
+    if not single and not isinstance(lists, dict):
+        raise TypeError(
+            f"lists: expected a BlockList, or a dict of some by name, got {type(lists).__name__}"
+        )
     named = {"": lists} if single else dict(lists)
     if oracle is not None:
         named["\0oracle"] = oracle
