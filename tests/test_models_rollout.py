@@ -204,3 +204,25 @@ def test_random_weights_leave_attention_something_to_select():
         last = handle.stats()["chunks"][-1]
     assert last["density"] == 0.125
     assert last["recall"] > 3 * last["density"]
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda r: CausalWan("tiny"), TypeError, "config: expected a WanConfig, such as "
+         "WanConfig.named('tiny'), or None, got 'tiny'"),
+        (lambda r: Rollout(None), TypeError, "model: expected a CausalWan, got NoneType"),
+        (lambda r: Rollout(r.model, frames_per_chunk=0), ValueError,
+         "frames_per_chunk: expected 1 or more, got 0"),
+        (lambda r: r.generate("9"), TypeError, "num_frames: expected an integer, got '9'"),
+        (lambda r: r.generate(3, size=32), TypeError,
+         "size: expected rows and columns of a latent frame, got 32"),
+        (lambda r: r.generate(3, size=(4, 4), seed="a"), TypeError,
+         "seed: expected an integer, a generator or a function, got 'a'"),
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_kind_are_told(call, error, message):
+    rollout = Rollout(CausalWan(WanConfig.named("tiny", num_layers=1)))
+    with pytest.raises(error) as failure:
+        call(rollout)
+    assert str(failure.value) == message

@@ -11,10 +11,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 
 from .cache import WanCache
+from .config import WanConfig
 from .flow import FlowSchedule, add_noise, predict_clean
 from .wan import CausalWan
 
@@ -88,15 +90,19 @@ class Rollout:
 
         Raises:
             ValueError: ``steps`` is empty or does not fall, or a chunk does not fit the window.
+            TypeError: ``model`` is none.
         """
+        if not isinstance(getattr(model, "config", None), WanConfig):
+            raise TypeError(f"model: expected a CausalWan, got {type(model).__name__}")
         if not steps or any(b >= a for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"steps: expected falling numbers, got {list(steps)}")
         schedule = FlowSchedule(shift)
         size = model.config.frames_per_chunk if frames_per_chunk is None else frames_per_chunk
         window = model.config.window_frames
-        most = size if window is None else window - model.config.sink_frames
-        if not 1 <= size <= most:
-            raise ValueError(f"frames_per_chunk: expected 1 .. {most}, got {size}")
+        most = None if window is None else window - model.config.sink_frames
+        if not isinstance(size, Integral) or size < 1 or (most is not None and size > most):
+            limits = "1 or more" if most is None else f"1 .. {most}"
+            raise ValueError(f"frames_per_chunk: expected {limits}, got {size!r}")
         self.model = model
         model.num_frame_per_block = size  # as other pipelines do: a patch counts chunks by it
         self.timesteps = [schedule.warp(s) if warp else float(s) for s in steps]
@@ -118,6 +124,8 @@ class Rollout:
             ValueError: ``num_frames`` is not a whole number of chunks.
         """
         first = 1 if self.lone_first_frame else self.frames_per_chunk
+        if not isinstance(num_frames, Integral):
+            raise TypeError(f"num_frames: expected an integer, got {num_frames!r}")
         if num_frames < first or (num_frames - first) % self.frames_per_chunk:
             raise ValueError(
                 f"num_frames: expected {first} plus a multiple of {self.frames_per_chunk}, "
@@ -167,7 +175,8 @@ class Rollout:
             An iterator of :class:`Chunk`.
 
         Raises:
-            ValueError: a size does not fit the model or the chunks.
+            ValueError: a size does not fit the model or the chunks. TypeError: a number of frames,
+                size or seed of the wrong kind.
         """
         model = self.model
         if noise is not None:
@@ -177,6 +186,8 @@ class Rollout:
                     f"got {list(noise.shape)}"
                 )
             batch, num_frames, size = noise.shape[0], noise.shape[1], tuple(noise.shape[3:])
+        if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+            raise TypeError(f"size: expected rows and columns of a latent frame, got {size!r}")
         ends = self._ends(num_frames)
         if cache is None:
             cache = model.new_cache(num_frames or model.config.window_frames, *size, batch=batch)
@@ -289,6 +300,8 @@ def _drawing(seed, model) -> Callable:
     """A function of (shape, first frame, step) that returns noise of the model's type."""
     if callable(seed):
         return lambda *place: seed(*place).to(model.device, model.dtype)
+    if not isinstance(seed, (Integral, torch.Generator)):
+        raise TypeError(f"seed: expected an integer, a generator or a function, got {seed!r}")
     if not isinstance(seed, torch.Generator):
         seed = torch.Generator(device=model.device).manual_seed(seed)
     return lambda shape, start, step: torch.randn(

@@ -44,6 +44,11 @@ class CausalWan(nn.Module):
         """
         super().__init__()
         config = WanConfig() if config is None else config
+        if not isinstance(config, WanConfig):
+            raise TypeError(
+                "config: expected a WanConfig, such as WanConfig.named('tiny'), or None, "
+                f"got {config!r}"
+            )
         self.config = config
         self.num_frame_per_block = config.frames_per_chunk  # the name AR code bases use
         device = torch.empty(0).device if device is None else device
