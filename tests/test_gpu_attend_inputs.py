@@ -198,6 +198,21 @@ def test_memory_around_the_lists_is_not_used(kernel):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_counts_out_of_range_are_clamped(kernel):
+    """Above the length of the list a count is that length, below 0 it is 0."""
+    q, k, v = inputs()
+    blocks = lists([12], q.shape[0], HEADS, q.shape[1], k.shape[1], T, 128, 64)
+    wild = torch.tensor([2**31 - 1, -1, 13, 5, -(2**31), 12, 44, 0], dtype=torch.int32)
+    counts = wild.repeat(blocks.counts.numel())[: blocks.counts.numel()].view_as(blocks.counts)
+    geometry = q.shape[1], k.shape[1], T, 128, 64
+    indices = guarded(blocks.indices, 0)[0]  # what a count too large would read: block 0
+    got = attend(q, k, v, lf.BlockList(indices, counts.cuda(), *geometry))
+    tame = lf.BlockList(indices, counts.clamp(0, 12).cuda(), *geometry)
+    expected = attend(q, k, v, tame)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert_close(*got, q, k, v, token_mask(tame))
+
+
 # ---- geometry -------------------------------------------------------------------------------
 
 

@@ -191,7 +191,8 @@ __device__ __forceinline__ Ahead look_ahead(const Params &p, int n, int all, int
     a.index = -1;
     if (p.indices) {
         // [B, H, R] is the order of the tiles
-        a.count = p.counts ? p.counts[a.item.tile] : int(p.max_count);
+        a.count = int(p.max_count);
+        if (p.counts) a.count = min(max(p.counts[a.item.tile], 0), a.count);
         if (at < p.max_count) a.index = p.indices[a.item.tile * p.max_count + at];
     } else {
         a.count = (p.k_len + HALF - 1) / HALF;
