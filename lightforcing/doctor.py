@@ -1,6 +1,7 @@
 """What this build is and what it found here: the answers of ``info`` and ``doctor``.
 
-Nothing here needs nvcc or a GPU, and torch is asked for its version without being imported.
+Nothing here needs nvcc or a GPU. Torch is asked for its version only, and imported where there is
+a driver for the GPUs that it may see.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def checks() -> list[dict]:
         arithmetic(),
         cuda(),
         torch(),
+        *gpus(),
         *packages(),
         switches(),
     ]
@@ -127,6 +129,60 @@ def cuda() -> dict:
     if not driver:
         return check("cuda", "missing", f"{found}: CPU tensors only")
     return check("cuda", "ok", f"{found}, {facts['cuda_devices']} GPUs")
+
+
+def devices() -> list[tuple[str, str]]:
+    """Name and chip, such as 90, of every CUDA device that torch sees; none without a driver."""
+    if not installed_driver():
+        return []
+    try:
+        from torch import cuda
+    except ImportError:
+        return []
+    if not cuda.is_available():
+        return []
+    facts = [cuda.get_device_properties(i) for i in range(cuda.device_count())]
+    return [(f.name, f"{f.major}{f.minor}") for f in facts]
+
+
+def code_for(chip: str) -> str | None:
+    """How this build runs on a chip: code of its own, of a smaller sibling, or PTX; None: not.
+
+    Code for 8.0 runs on 8.6 and 8.9, code for 90a on 9.0 alone; every build holds PTX for 8.0.
+    """
+    archs = lf.info()["cuda_archs"]
+    if not archs or int(chip) < 80:
+        return None
+    if chip in archs or f"{chip}a" in archs:
+        return "its code is in this build"
+    if any(a.isdigit() and a[:-1] == chip[:-1] and a < chip for a in archs):
+        return "code for an older chip of its family is in this build"
+    return "no code for it is in this build, the driver compiles PTX at the first call"
+
+
+def gpus() -> list[dict]:
+    """Every CUDA device that torch sees, and the attention kernel of the usual call there.
+
+    The usual call is bfloat16 with D 128, 128 query rows to blocks of 64 keys.
+    """
+    rows = []
+    wanted = os.environ.get("LIGHTFORCING_KERNEL") or "auto"
+    for i, (name, chip) in enumerate(devices()):
+        row, found, code = f"cuda:{i}", f"{name}, chip {chip[:-1]}.{chip[-1]}", code_for(chip)
+        if code is None:
+            rows.append(check(row, "missing", f"{found}: no code that runs there", REBUILD))
+            continue
+        reason = _core.why_portable(i)
+        if wanted == "portable":
+            reason = "LIGHTFORCING_KERNEL=portable asks for it"
+        if wanted not in ("auto", "portable", "sm90") or (wanted == "sm90" and reason):
+            found = f"{found}; {code}; no attention kernel: LIGHTFORCING_KERNEL={wanted}"
+            because = f", but {reason}" if wanted == "sm90" else ", not auto, portable or sm90"
+            rows.append(check(row, "broken", found + because, "unset LIGHTFORCING_KERNEL"))
+            continue
+        kernel = f"the portable kernel ({reason})" if reason else "the Hopper kernel"
+        rows.append(check(row, "ok", f"{found}; {code}; attention runs on {kernel}"))
+    return rows
 
 
 def torch() -> dict:

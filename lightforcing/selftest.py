@@ -1,6 +1,7 @@
 """The operators against the float64 reference on this machine, random and adversarial inputs.
 
-Every instruction set that this processor and build have is tried. A check draws cases until
+Every instruction set that this processor and build have is tried, then the first CUDA device that
+torch sees, with each attention kernel that runs there. A check draws cases until
 its share of the time is spent, so a slow machine does fewer of them; it reports how many, and
 the worst error as a share of what is allowed. What is allowed follows from the arithmetic,
 see :func:`attention_bound`; selections may differ only where the reference itself says that
@@ -16,6 +17,7 @@ import numpy as np
 
 import lightforcing as lf
 from lightforcing import _core, reference
+from lightforcing.arrays import to_numpy
 
 EPS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a unit: rounding
 
@@ -29,28 +31,30 @@ def bfloat16_or_none():
     return torch
 
 
-def cast(x: np.ndarray, dtype: str):
-    """The array in that dtype; bfloat16 as a torch tensor."""
-    if dtype == "bfloat16":
+def cast(x: np.ndarray, dtype: str, device: str = "cpu"):
+    """The array in that dtype; bfloat16, or on a GPU, as a torch tensor."""
+    if dtype == "bfloat16" or device != "cpu":
         torch = bfloat16_or_none()
-        return torch.from_numpy(x).to(torch.bfloat16)
+        return torch.from_numpy(x).to(device, getattr(torch, dtype))
     return x.astype(dtype)
 
 
-def dtypes() -> list[str]:
-    """What can be tried here."""
+def dtypes(device: str = "cpu") -> list[str]:
+    """What can be tried there."""
+    if device != "cpu":
+        return ["float16", "bfloat16"]
     return ["float32", "float16"] + (["bfloat16"] if bfloat16_or_none() else [])
 
 
-def draw_shape(draw) -> dict:
+def draw_shape(draw, dims=(8, 40, 64, 128)) -> dict:
     """A random geometry in which nothing divides anything, now and then the smallest one."""
     if draw.random() < 0.1:
-        return dict(batch=1, heads=1, dim=8, frame_tokens=1, frames=1, q_frames=1)
+        return dict(batch=1, heads=1, dim=dims[0], frame_tokens=1, frames=1, q_frames=1)
     frames = int(draw.integers(1, 10))
     return dict(
         batch=int(draw.integers(1, 3)),
         heads=int(draw.integers(1, 3)),
-        dim=int(draw.choice([8, 40, 64, 128])),
+        dim=int(draw.choice(dims)),
         frame_tokens=int(draw.choice([1, 7, 64, 65, 97, 130])),
         frames=frames,
         q_frames=int(draw.integers(1, min(frames, 2) + 1)),
@@ -92,26 +96,26 @@ def schedule_cases(draw) -> Iterator[tuple[float, str]]:
         yield float(np.abs(ours - truth).max(initial=0)) / 1e-9, f"{sizes} {given}"
 
 
-def compress_cases(draw) -> Iterator[tuple[float, str]]:
+def compress_cases(draw, device: str = "cpu") -> Iterator[tuple[float, str]]:
     """``compress``: float32 sums of values rounded to the input's type."""
     while True:
-        shape, dtype = draw_shape(draw), str(draw.choice(dtypes()))
+        shape, dtype = draw_shape(draw), str(draw.choice(dtypes(device)))
         block = int(draw.choice([4, 16, 64, 128]))
-        k = cast(draw_qkv(draw, shape, "normal")[1] + 2, dtype)
+        k = cast(draw_qkv(draw, shape, "normal")[1] + 2, dtype, device)
         ours = reference.as_float64(lf.compress(k, shape["frame_tokens"], block=block))
         truth = reference.compress(k, shape["frame_tokens"], block=block)
         worst = np.abs(ours - truth).max() / np.abs(truth).max()
         yield float(worst) / (8 * EPS["float32"]), f"{shape} {dtype} block {block}"
 
 
-def selection_cases(draw, score: str) -> Iterator[tuple[float, str]]:
+def selection_cases(draw, score: str, device: str = "cpu") -> Iterator[tuple[float, str]]:
     """``select_blocks``: the same lists, but for scores that float32 cannot tell apart."""
     while True:
-        shape, dtype = draw_shape(draw), str(draw.choice(dtypes()))
+        shape, dtype = draw_shape(draw), str(draw.choice(dtypes(device)))
         q, k, _ = draw_qkv(draw, shape, "equal" if draw.random() < 0.1 else "normal")
         if score == "mean" and draw.random() < 0.3:  # exact sums: a tie is a tie in both
             q, k = np.round(q), np.round(k)
-        q, k = cast(q, dtype), cast(k, dtype)
+        q, k = cast(q, dtype, device), cast(k, dtype, device)
         given = dict(
             frame_tokens=shape["frame_tokens"],
             sparsity=float(draw.uniform(0, 1)),
@@ -122,7 +126,7 @@ def selection_cases(draw, score: str) -> Iterator[tuple[float, str]]:
         )
         blocks = lf.select_blocks(q, k, **given)
         truth = reference.select_blocks(q, k, **given)
-        kept = np.asarray(blocks.indices).reshape(truth.indices.shape)
+        kept = to_numpy(blocks.indices, "indices").reshape(truth.indices.shape)
         yield selection_error(kept, truth), f"{shape} {dtype} {given}"
 
 
@@ -153,14 +157,17 @@ def attention_bound(q, k, v, scale: float, dtype: str) -> float:
     return float(rounding * np.abs(v).max(initial=1e-30))
 
 
-def attention_cases(draw, kind: str, sparse: bool) -> Iterator[tuple[float, str]]:
+def attention_cases(
+    draw, kind: str, sparse: bool, device: str = "cpu"
+) -> Iterator[tuple[float, str]]:
     """``block_sparse_attention``: output and LSE, dense or with random lists."""
     while True:
-        shape, dtype = draw_shape(draw), str(draw.choice(dtypes()))
-        q, k, v = (cast(x, dtype) for x in draw_qkv(draw, shape, kind))
+        shape = draw_shape(draw) if device == "cpu" else draw_shape(draw, (64, 128))
+        dtype = str(draw.choice(dtypes(device)))
+        q, k, v = (cast(x, dtype, device) for x in draw_qkv(draw, shape, kind))
         blocks, mask = None, None
         if sparse:
-            blocks, mask = random_blocks(draw, shape)
+            blocks, mask = random_blocks(draw, shape, device)
         out, lse = lf.block_sparse_attention(q, k, v, blocks, return_lse=True)
         truth, true_lse = reference.attention(q, k, v, mask)
         pairs = [(reference.as_float64(out), truth), (reference.as_float64(lse), true_lse)]
@@ -168,6 +175,8 @@ def attention_cases(draw, kind: str, sparse: bool) -> Iterator[tuple[float, str]
         q, k, v = (reference.as_float64(x) for x in (q, k, v))
         bound = attention_bound(q, k, v, scale, dtype)
         lse_bound = attention_bound(q, k, np.ones(1), scale, "float32")
+        if device != "cpu":
+            lse_bound += 2e-5  # the logarithm and exponentials of a GPU are approximate
         worst = 0.0
         for (ours, right), allowed in zip(pairs, (bound, lse_bound), strict=True):
             finite = np.isfinite(right)
@@ -179,7 +188,7 @@ def attention_cases(draw, kind: str, sparse: bool) -> Iterator[tuple[float, str]
         yield worst, f"{shape} {dtype} {kind}"
 
 
-def random_blocks(draw, shape):
+def random_blocks(draw, shape, device: str = "cpu"):
     """A random list with some empty rows, and its token mask."""
     block_q, block_k = 128, 64
     rows = -(-shape["q_frames"] * shape["frame_tokens"] // block_q)
@@ -187,8 +196,9 @@ def random_blocks(draw, shape):
     keep = draw.random((shape["batch"], shape["heads"], rows, columns)) < draw.uniform(0, 1)
     keep[draw.random(keep.shape[:3]) < 0.1] = False
     q_len, k_len = (shape[f] * shape["frame_tokens"] for f in ("q_frames", "frames"))
+    kept = keep if device == "cpu" else bfloat16_or_none().from_numpy(keep).to(device)
     blocks = lf.BlockList.from_bool(
-        keep, q_len, k_len, shape["frame_tokens"], block_q=block_q, block_k=block_k
+        kept, q_len, k_len, shape["frame_tokens"], block_q=block_q, block_k=block_k
     )
     mask = reference.token_mask(
         keep, q_len, k_len, frame_tokens=shape["frame_tokens"], block_q=block_q, block_k=block_k
@@ -225,12 +235,23 @@ CHECKS: dict[str, Callable] = {
     "same on 1, 2, 5 threads": thread_cases,
 }
 
+DEVICE = "cuda"  # the first that torch sees
+CUDA_CHECKS: dict[str, Callable] = {
+    "compress": compress_cases,
+    "select_blocks mean": lambda draw, device: selection_cases(draw, "mean", device),
+    "select_blocks mass": lambda draw, device: selection_cases(draw, "mass", device),
+}
+KERNEL_CHECKS: dict[str, Callable] = {
+    "attention dense": lambda draw, device: attention_cases(draw, "normal", False, device),
+    "attention sparse": lambda draw, device: attention_cases(draw, "normal", True, device),
+}
+
 
 # ---- running ---------------------------------------------------------------------------
 
 
 def run(*, seconds: float = 20, seed: int = 0, report: Callable | None = None) -> list[dict]:
-    """Run every check under every instruction set; one row each.
+    """Run every check under every instruction set, then those of CUDA where it runs; one row each.
 
     Args:
         seconds: budget of the whole test; each check runs at least one case.
@@ -239,23 +260,54 @@ def run(*, seconds: float = 20, seed: int = 0, report: Callable | None = None) -
 
     Returns:
         Rows ``{check, isa, cases, worst, ok, failure, seconds}``; ``worst`` is the largest
-        error as a share of what is allowed.
+        error as a share of what is allowed. ``isa`` is "cuda", or the attention kernel, on a GPU.
     """
     rows = []
-    isas = lf.info()["isas"]
     bfloat16_or_none()  # importing torch takes seconds: not on the first check's time
-    share = seconds / (len(isas) * len(CHECKS))
+    isas, kernels = lf.info()["isas"], [] if why_not_cuda() else cuda_kernels()
+    on_cuda = len(CUDA_CHECKS) + len(kernels) * len(KERNEL_CHECKS) if kernels else 0
+    share = seconds / (len(isas) * len(CHECKS) + on_cuda)
+
+    def try_all(checks, code, *device):
+        for name, cases in checks.items():
+            row = run_one(lambda draw, make=cases: make(draw, *device), share, seed)
+            rows.append({"check": name, "isa": code, **row})
+            if report:
+                report(rows[-1])
+
     try:
         for isa in isas:
             _core.force_isa(isa)
-            for name, cases in CHECKS.items():
-                row = {"check": name, "isa": isa, **run_one(cases, share, seed)}
-                rows.append(row)
-                if report:
-                    report(row)
+            try_all(CHECKS, isa)
     finally:
         _core.force_isa("best")
+    if not kernels:
+        return rows
+    try_all(CUDA_CHECKS, "cuda", DEVICE)
+    try:
+        for kernel in kernels:
+            _core.force_kernel(kernel)
+            try_all(KERNEL_CHECKS, kernel, DEVICE)
+    finally:
+        _core.force_kernel("auto")
     return rows
+
+
+def why_not_cuda() -> str | None:
+    """The reason why no GPU is tried, or None."""
+    if not lf.info()["cuda_built"]:
+        return "this build has no CUDA half"
+    torch = bfloat16_or_none()
+    if torch is None:
+        return "torch is not installed"
+    if status := lf.info()["cuda_status"]:
+        return f"CUDA answers error {status}"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def cuda_kernels() -> list[str]:
+    """The attention kernels that run on the first CUDA device."""
+    return ["portable"] + (["sm90"] if _core.why_portable(0) is None else [])
 
 
 def run_one(cases: Callable, seconds: float, seed: int) -> dict:
@@ -279,5 +331,5 @@ def run_one(cases: Callable, seconds: float, seed: int) -> dict:
 def line(row: dict) -> str:
     """One row as text."""
     worst = "wrong" if row["worst"] is None else f"{row['worst']:.2f} of allowed"
-    start = f"{row['isa']:<7} {row['check']:<24} {row['cases']:>6} cases  worst {worst}"
+    start = f"{row['isa']:<8} {row['check']:<24} {row['cases']:>6} cases  worst {worst}"
     return start + ("" if row["ok"] else f"  FAILED {row['failure']}")

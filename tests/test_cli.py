@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 import lightforcing as lf
-from lightforcing import cli, selftest
+from lightforcing import _core, cli, selftest
 
 
 def run(*arguments, before=""):
@@ -73,11 +74,57 @@ def test_doctor_tells_how_to_get_what_is_missing(monkeypatch, capsys):
     assert "pip install 'lightforcing[viz]'" in text
 
 
+@pytest.mark.parametrize(
+    "archs, chip, variable, reason, state, said",
+    [
+        (["80", "90a"], "90", "", None, "ok", "its code is in this build; attention runs on the H"),
+        (["80"], "89", "auto", "the Hopper kernel takes compute capability 9.0 only", "ok",
+         "an older chip of its family is in this build; attention runs on the portable kernel (the "
+         "Hopper kernel takes compute capability 9.0 only)"),
+        (["90a"], "100", "", "words", "ok", "no code for it is in this build, the driver compiles"),
+        (["80"], "75", "", "words", "missing", "chip 7.5: no code that runs there"),
+        (["90a"], "90", "portable", None, "ok", "portable kernel (LIGHTFORCING_KERNEL=portable as"),
+        (["80"], "80", "sm90", "words", "broken", "LIGHTFORCING_KERNEL=sm90, but words"),
+        (["80"], "80", "best", "words", "broken", "LIGHTFORCING_KERNEL=best, not auto, portable"),
+    ],
+)  # fmt: skip
+def test_doctor_names_every_gpu_and_its_kernel(
+    archs, chip, variable, reason, state, said, monkeypatch, capsys
+):
+    facts = dict(lf.info(), cuda_archs=archs)
+    monkeypatch.setattr(lf, "info", lambda: facts)
+    monkeypatch.setenv("LIGHTFORCING_KERNEL", variable)
+    monkeypatch.setattr("lightforcing.doctor.devices", lambda: [("A", "80"), ("NVIDIA B", chip)])
+    asked = []
+    core = types.SimpleNamespace(is_disabled=bool, why_portable=lambda i: asked.append(i) or reason)
+    monkeypatch.setattr("lightforcing.doctor._core", core)
+    assert cli.main(["doctor"]) == (state == "broken")
+    line = next(x for x in capsys.readouterr().out.splitlines() if "cuda:1" in x)
+    assert line.startswith(state) and f"NVIDIA B, chip {chip[:-1]}.{chip[-1]}" in line
+    assert said in line
+    assert asked == ([0, 1] if state != "missing" else [0])
+
+
+def test_the_reason_of_the_core_is_a_sentence():
+    reason = _core.why_portable(0)
+    if lf.info()["cuda_devices"] == 0:
+        none = "the Hopper kernel takes compute capability 9.0 only"
+        assert reason == (none if lf.info()["cuda_built"] else "this build has no CUDA half")
+    for wrong, error in ((-1, ValueError), ("0", TypeError)):
+        with pytest.raises(error, match="device: expected"):
+            _core.why_portable(wrong)
+
+
 def test_selftest_tries_every_operator_on_every_instruction_set():
     found = answer("selftest", "--seconds", 2)
     assert found["ok"]
     tried = {(r["isa"], r["check"]) for r in found["checks"]}
-    assert tried == {(i, c) for i in lf.info()["isas"] for c in selftest.CHECKS}
+    expected = {(i, c) for i in lf.info()["isas"] for c in selftest.CHECKS}
+    if found["cuda_untested"] is None:
+        expected |= {("cuda", c) for c in selftest.CUDA_CHECKS}
+        kernels = selftest.cuda_kernels()
+        expected |= {(kernel, c) for kernel in kernels for c in selftest.KERNEL_CHECKS}
+    assert tried == expected
     assert all(r["cases"] >= 1 for r in found["checks"])
 
 
@@ -88,6 +135,37 @@ def test_selftest_fails_when_an_operator_is_wrong(monkeypatch, capsys):
     failed = [x for x in capsys.readouterr().out.splitlines() if "FAILED" in x]
     assert len(failed) == len(lf.info()["isas"])
     assert all("compress" in x and "case 1: " in x for x in failed)
+
+
+def test_selftest_says_why_no_gpu_is_tried(monkeypatch, capsys):
+    monkeypatch.setattr(selftest, "CHECKS", {"compress": selftest.compress_cases})
+    monkeypatch.setattr(selftest, "why_not_cuda", lambda: "the GPU is out")
+    assert cli.main(["selftest", "--seconds", "0.01"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "CUDA: not tested, the GPU is out"
+
+
+def test_selftest_tries_a_gpu_with_each_kernel(monkeypatch, capsys):
+    """The checks of the device, on torch tensors of the CPU; a wrong operator fails them."""
+    forced = []
+    monkeypatch.setattr(selftest, "CHECKS", {"compress": selftest.compress_cases})
+    monkeypatch.setattr(selftest, "DEVICE", "cpu:0")
+    monkeypatch.setattr(selftest, "why_not_cuda", lambda: None)
+    monkeypatch.setattr(selftest, "cuda_kernels", lambda: ["portable", "sm90"])
+    monkeypatch.setattr(_core, "force_kernel", forced.append)
+    assert cli.main(["selftest", "--seconds", "1"]) == 0
+    assert forced == ["portable", "sm90", "auto"]
+    text = capsys.readouterr().out
+    assert "CUDA: not tested" not in text and f"{7 + len(lf.info()['isas'])} checks" in text
+    right = lf.block_sparse_attention
+
+    def wrong(*a, **k):
+        out, lse = right(*a, **k)
+        return out * 1.1, lse
+
+    monkeypatch.setattr(lf, "block_sparse_attention", wrong)
+    assert cli.main(["selftest", "--seconds", "1"]) == 1
+    failed = [x.split()[0] for x in capsys.readouterr().out.splitlines() if "FAILED" in x]
+    assert failed == ["portable", "portable", "sm90", "sm90"]
 
 
 def test_selftest_leaves_the_best_instruction_set_on():

@@ -1,5 +1,6 @@
 """The operators under torch on the GPU: registration, compile, graphs, streams, devices, memory."""
 
+import os
 import threading
 
 import pytest
@@ -7,7 +8,12 @@ import torch
 from gpu import draw, lists, needs_gpu, use_kernel
 
 import lightforcing as lf
-from lightforcing import _core, torch_ops  # noqa: F401  registers torch.ops.lightforcing
+from lightforcing import (
+    _core,
+    doctor,
+    selftest,
+    torch_ops,  # noqa: F401  registers torch.ops.lightforcing
+)
 
 pytestmark = needs_gpu
 T, Q, F, H, D = 150, 2, 9, 3, 128
@@ -340,6 +346,26 @@ def test_a_forced_kernel_says_why_it_cannot_run():
     assert torch.isfinite(lf.block_sparse_attention(q, k, v, blocks)).all()
     with pytest.raises(ValueError):
         _core.force_kernel("fastest")
+
+
+def test_the_doctor_names_the_kernel_that_runs():
+    rows = doctor.gpus()
+    assert len(rows) == torch.cuda.device_count()
+    hopper = torch.cuda.get_device_capability(0) == (9, 0)
+    assert torch.cuda.get_device_name(0) in rows[0]["found"]
+    assert (_core.why_portable(0) is None) == hopper
+    if not os.environ.get("LIGHTFORCING_KERNEL"):
+        assert rows[0]["state"] == "ok"
+        assert ("attention runs on the Hopper kernel" in rows[0]["found"]) == hopper
+
+
+def test_the_selftest_passes_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(selftest, "CHECKS", {})
+    rows = selftest.run(seconds=5)
+    kernels = selftest.cuda_kernels()
+    assert {r["isa"] for r in rows} == {"cuda", *kernels}
+    assert len(rows) == 3 + 2 * len(kernels)
+    assert [r for r in rows if not r["ok"]] == []
 
 
 def test_calls_after_a_refusal_are_right():

@@ -213,7 +213,7 @@ def test_the_binding_knows_no_other_operator():
     """What _core holds besides operators: list conversions, plans, patched calls, test hooks."""
     others = {"select_plan", "lists_to_bool", "lists_to_csr", "bool_to_lists"}
     others |= {"threads", "set_threads", "isa", "force_isa", "build_info"}
-    others |= {"cuda_warmup", "force_kernel"}
+    others |= {"cuda_warmup", "force_kernel", "why_portable"}
     others |= {"facts", "plan_step", "sparse_step", "is_disabled"}  # a patched call
     assert {n for n in dir(_core) if not n.startswith("_")} == {*OPERATORS, *others}
 

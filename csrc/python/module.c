@@ -86,6 +86,36 @@ static PyObject *py_force_kernel(PyObject *Py_UNUSED(module), PyObject *name)
     return Py_NewRef(Py_None);
 }
 
+/* why_portable(device): what keeps the Hopper kernel from the usual call there, or None. The usual
+ * call is that of the video models: bfloat16, D 128, 128 query rows to blocks of 64 keys. */
+static PyObject *py_why_portable(PyObject *Py_UNUSED(module), PyObject *device)
+{
+    const lf_tensor row = {.batch = 128, .token = 128, .head = 128};
+    const int32_t list = 0;  // only that there is one is asked
+    const lf_attend_params usual = {.q = row,
+                                    .k = row,
+                                    .v = row,
+                                    .out = row,
+                                    .indices = &list,
+                                    .batch = 1,
+                                    .heads = 1,
+                                    .dim = 128,
+                                    .q_len = 1,
+                                    .k_len = 1,
+                                    .frame_tokens = 1,
+                                    .block_q = 128,
+                                    .block_k = 64,
+                                    .max_count = 1,
+                                    .scale = 1,
+                                    .dtype = LF_BF16};
+    lf_error reason = {0};
+    int64_t index;
+
+    if (lf_integer(device, "device", 0, 1023, &index) < 0) return NULL;
+    if (lf_attend_sm90_can_run(&usual, (int)index, &reason)) return Py_NewRef(Py_None);
+    return PyUnicode_FromString(reason.text);
+}
+
 /* build_info() -> dict of what this binary holds and what its CUDA half finds. */
 static PyObject *py_build_info(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
@@ -133,6 +163,7 @@ static PyMethodDef methods[] = {
     {"cuda_warmup", py_cuda_warmup, METH_O, NULL},
     {"is_disabled", py_is_disabled, METH_NOARGS, NULL},
     {"force_kernel", py_force_kernel, METH_O, NULL},
+    {"why_portable", py_why_portable, METH_O, NULL},
     {"build_info", py_build_info, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
