@@ -21,6 +21,14 @@ def compiling() -> bool:
     return torch is not None and torch.compiler.is_compiling()
 
 
+def is_dual(x: Any) -> bool:
+    """True for a torch tensor with a forward-mode tangent; :func:`is_torch` must hold."""
+    forward_ad = sys.modules["torch.autograd.forward_ad"]
+    if forward_ad._current_level < 0:  # no dual level is open: nearly always, and 50 ns
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def ready(x: Any, name: str) -> Any:
     """The input itself, once the facts that DLPack does not carry are checked."""
     if not is_torch(x):
@@ -29,6 +37,12 @@ def ready(x: Any, name: str) -> Any:
         raise ValueError(
             f"{name}: expected a tensor without grad, got one that requires it; lightforcing is "
             "for inference: call it under torch.no_grad() or detach first"
+        )
+    if is_dual(x):
+        raise ValueError(
+            f"{name}: expected a tensor without a forward-mode tangent, got a dual tensor; "
+            "lightforcing is for inference: call it on torch.autograd.forward_ad.unpack_dual(...)"
+            ".primal"
         )
     _check_plain(x, name)
     return x.detach() if x.requires_grad else x
@@ -39,6 +53,8 @@ def writable(out: Any) -> Any:
     if is_torch(out):
         if out.requires_grad:
             raise ValueError("out: expected a tensor without grad, got one that requires it")
+        if is_dual(out):
+            raise ValueError("out: expected a tensor without tangent, got a dual tensor")
         _check_plain(out, "out")
     return out
 

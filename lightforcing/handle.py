@@ -6,8 +6,10 @@ import weakref
 from collections import OrderedDict, defaultdict
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _core, adapters, hook, ops, reasons, report
+from .arrays import is_dual
 from .config import Config
 from .decide import Decisions, decide, place
 from .means import BUFFERS, KeyMeans, address_inside
@@ -242,6 +244,7 @@ class Handle:
             and not (
                 torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             )
+            and forward_ad._current_level < 0
         ):  # most calls: _why_dense() would find nothing, and _sparse() has nothing to measure
             out, _ = self._whole(visit, decision, q, k, v, False)
             self.record.plain(visit.hook.layer, decision)
@@ -380,6 +383,8 @@ class Handle:
         if visit.reason is not None:
             return visit.reason
         if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v)):
+            return reasons.TRAINING
+        if any(isinstance(x, torch.Tensor) and is_dual(x) for x in (q, k, v)):
             return reasons.TRAINING
         if config.sparsity == 0 and config.schedule is None:
             return reasons.ZERO

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import _core
-from .arrays import allocator, stream_of
+from .arrays import allocator, is_dual, stream_of
 from .blocks import BlockList
 
 _LIBRARY = torch.library.Library("lightforcing", "DEF")
@@ -79,6 +79,11 @@ def _no_gradient(operator):
             raise ValueError(
                 f"{operator.__name__}: expected tensors without grad; lightforcing is for "
                 "inference: call it under torch.no_grad() or detach first"
+            )
+        if any(is_dual(x) for x in tensors):
+            raise ValueError(
+                f"{operator.__name__}: expected tensors without a forward-mode tangent, got a dual "
+                "tensor; lightforcing is for inference"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)

@@ -526,3 +526,34 @@ def test_an_error_leaves_the_next_call_alone():
         with pytest.raises(OSError):
             lf.compress(Producer(array, error=OSError("gone")), T)
         assert (lf.compress(k, T) == 1).all()
+
+
+# ---- forward-mode derivatives ------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_dual_tensors_are_refused():
+    """A tangent is not dropped in silence, whatever torch.no_grad() says; primals are taken."""
+    ahead = torch.autograd.forward_ad
+    q, k, v, out = (torch.ones(x) for x in (Q, K, K, Q))
+    given = {"q": q, "k": k, "v": v, "out": out}
+    expected = lf.block_sparse_attention(q, k, v)
+    with ahead.dual_level(), torch.no_grad():
+        assert torch.equal(lf.block_sparse_attention(**given), expected)
+        for name, x in given.items():
+            dual = ahead.make_dual(x, torch.ones_like(x))
+            with pytest.raises(ValueError, match=f"^{name}: expected a tensor without .*tangent"):
+                lf.block_sparse_attention(**(given | {name: dual}))
+            primal = ahead.unpack_dual(dual).primal
+            lf.block_sparse_attention(**(given | {name: primal}))
+        dual = ahead.make_dual(k, k)
+        with pytest.raises(ValueError, match="^x: expected a tensor without a forward-mode"):
+            lf.compress(dual, T)
+        with pytest.raises(ValueError, match="^k: expected a tensor without a forward-mode"):
+            lf.select_blocks(q, dual, frame_tokens=T, sparsity=0.5)
+        import lightforcing.torch_ops  # noqa: F401
+
+        with pytest.raises(ValueError, match="compress: expected tensors without a forward-mode"):
+            torch.ops.lightforcing.compress(dual, T, 4)
+    with pytest.raises(Exception, match="forward-mode|storage|lightforcing"):
+        torch.func.jvp(lambda x: lf.block_sparse_attention(x, k, v), (q,), (q,))

@@ -366,6 +366,29 @@ def test_training_forwards_are_untouched(cached):
         assert handle.stats()["calls"] == (2 if cached else 0)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_forward_mode_derivatives_are_those_of_dense_calls(model):
+    """A tangent passes a patched layer, as in training; an open level alone changes nothing."""
+    reference, ahead = ar.make(), torch.autograd.forward_ad
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # has tangents
+
+    def tangent(m):
+        cache = ar.new_cache(m)
+        with torch.no_grad():
+            ar.rollout(reference, 2, cache=cache)
+            x = ar.noise(3)
+            x = ahead.make_dual(x, torch.ones_like(x))
+            return ahead.unpack_dual(m(x, kv_cache=cache, current_start=120)).tangent
+
+    with lf.patched(model, "fast", strict=True, **SMALL) as handle, ahead.dual_level(), math:
+        ours, theirs = tangent(model), tangent(reference)
+        assert ours is not None and torch.equal(ours, theirs)
+        assert handle.stats()["dense"] == {"training forward": 2}
+        before = handle.stats()["sparse_calls"]
+        ar.rollout(model)
+        assert handle.stats()["sparse_calls"] == before + 24
+
+
 def test_frozen_model_with_grad_enabled_runs_sparse(model):
     assert torch.is_grad_enabled()
     with lf.patched(model, "fast", **SMALL) as handle:
