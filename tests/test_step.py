@@ -132,7 +132,7 @@ def test_forcing_a_kernel_makes_plans_stale():
     step, before = step_of(q, k, v), _core.facts(q, k, v, None)[0]
     _core.force_kernel("auto")
     assert _core.facts(q, k, v, None)[0] != before
-    with pytest.raises(ValueError, match="plan: expected tensors like those it was made for"):
+    with pytest.raises(ValueError, match="plan: .* another attention kernel of the process"):
         step.run(q, k, v)
 
 
@@ -187,25 +187,30 @@ def test_steps_check_what_they_write():
     _core.sparse_step(*good.values())
     means = torch.zeros(2, 9 * 5, HEADS, 16)
     bad = [
-        ("plan", 3, ValueError),
-        ("q", q[:, :T], ValueError),
-        ("q", q.numpy(), ValueError),
-        ("k", k.half(), ValueError),
-        ("out", torch.empty(2, 3 * T, HEADS, 8), ValueError),
-        ("out", torch.empty(2, HEADS, 3 * T, 16).transpose(1, 2), ValueError),
-        ("out", torch.empty_like(q, dtype=torch.float16), TypeError),
-        ("out", q.numpy().copy(), TypeError),
-        ("workspace", torch.empty(words - 1, dtype=torch.int32), ValueError),
-        ("workspace", torch.empty(2 * words, dtype=torch.int32)[::2], ValueError),
-        ("workspace", torch.empty(words), TypeError),
-        ("lse", torch.empty(2, HEADS, 3 * T - 1), ValueError),
-        ("means", means[:, 1:], ValueError),
-        ("means", means.double(), TypeError),
-        ("means", means[:1], ValueError),
-        ("means", means[..., :8], ValueError),
-    ]
-    for name, value, error in bad:
-        with pytest.raises(error):
+        ("plan", 3, ValueError, "PyCapsule"),
+        ("q", q[:, :T], ValueError, "plan: .*, got another shape of q"),
+        ("q", q.numpy(), ValueError, "plan: .*, got another kind of tensor of q, k, v"),
+        ("k", k.half(), ValueError, "plan: .*, got another dtype of k"),
+        ("out", torch.empty(2, 3 * T, HEADS, 8), ValueError,
+         rf"out: expected shape \[2, {3 * T}, {HEADS}, 16\], .* got \[2, {3 * T}, {HEADS}, 8\]"),
+        ("out", torch.empty(2, HEADS, 3 * T, 16).transpose(1, 2), ValueError, "out: expected"),
+        ("out", torch.empty_like(q, dtype=torch.float16), TypeError, "out: expected float32"),
+        ("out", q.numpy().copy(), TypeError, "out: expected a tensor as q .*ndarray"),
+        ("workspace", torch.empty(words - 1, dtype=torch.int32), ValueError,
+         rf"workspace: expected at least {words} words in a row, .* got \[{words - 1}\]$"),
+        ("workspace", torch.empty(2 * words, dtype=torch.int32)[::2], ValueError,
+         rf"workspace: .* got \[{words}\] with gaps$"),
+        ("workspace", torch.empty(words), TypeError, "workspace: expected int32"),
+        ("lse", torch.empty(2, HEADS, 3 * T - 1), ValueError,
+         rf"lse: .* got \[2, {HEADS}, {3 * T - 1}\]"),
+        ("means", means[:, 1:], ValueError,
+         rf"\[2, at least 45, {HEADS}, 16\], got \[2, 44, {HEADS}, 16\]$"),
+        ("means", means.double(), TypeError, "means: expected float32"),
+        ("means", means[:1], ValueError, r"means: .* got \[1, 45"),
+        ("means", means[..., :8], ValueError, r"means: .* 8\]$"),
+    ]  # fmt: skip
+    for name, value, error, sentence in bad:
+        with pytest.raises(error, match=sentence):
             _core.sparse_step(*(good | {name: value}).values())
     for held, error in ((-1, ValueError), (10, ValueError), (1.0, TypeError)):
         with pytest.raises(error, match="held"):

@@ -68,6 +68,9 @@ int lf_expect_dtype(const lf_arg *arg, lf_dtype dtype);
 int lf_placed(const char *op, int count, const lf_arg *const args[], PyObject *stream,
               lf_place *place);
 
+/* "the CPU" or "cuda:1", for errors. */
+void lf_place_name(int device, char text[24]);
+
 /* The [B, L, H, D] view that the core takes. */
 lf_tensor lf_view(const lf_arg *arg);
 

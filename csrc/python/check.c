@@ -166,7 +166,7 @@ int lf_is_float(const lf_arg *arg)
     return -1;
 }
 
-static void place_name(int device, char text[24])
+void lf_place_name(int device, char text[24])
 {
     if (device < 0)
         memcpy(text, "the CPU", 8);
@@ -181,10 +181,10 @@ int lf_placed(const char *op, int count, const lf_arg *const args[], PyObject *s
 
     place->device = args[0]->device;
     place->stream = args[0]->stream;
-    place_name(args[0]->device, there);
+    lf_place_name(args[0]->device, there);
     for (int i = 1; i < count; i++) {
         if (args[i]->device == args[0]->device || !args[i]->name) continue;
-        place_name(args[i]->device, here);
+        lf_place_name(args[i]->device, here);
         PyErr_Format(PyExc_ValueError, "%s: is on %s, but %s is on %s", args[i]->name, here,
                      args[0]->name, there);
         return -1;

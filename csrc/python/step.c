@@ -199,25 +199,70 @@ done:
 static int borrow_own(PyObject *object, const char *name, lf_dtype dtype, const call_plan *plan,
                       lf_arg *arg)
 {
+    char here[24], there[24];
+
     arg->wants = dtype == LF_I32 ? "int32" : NULL;
     if (!lf_has_table(object)) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a tensor as q is one", name);
+        PyErr_Format(PyExc_TypeError, "%s: expected a tensor as q is one, got %R", name,
+                     (PyObject *)Py_TYPE(object));
         return -1;
     }
     if (lf_borrow(object, name, arg) < 0 || lf_expect_dtype(arg, dtype) < 0) return -1;
     if (arg->device == plan->facts.device) return 0;
-    PyErr_Format(PyExc_ValueError, "%s: expected the device of q", name);
+    lf_place_name(plan->facts.device, here);
+    lf_place_name(arg->device, there);
+    PyErr_Format(PyExc_ValueError, "%s: expected the device of q, %s, got %s", name, here, there);
     return -1;
+}
+
+static const char *shape_text(char text[192], int ndim, const int64_t *shape)
+{
+    int used = 0;
+
+    for (int i = 0; i < ndim; i++)  // 8 sizes of 22 characters at most
+        used += PyOS_snprintf(text + used, (size_t)(192 - used), "%s%lld", i ? ", " : "",
+                              (long long)shape[i]);
+    text[used] = 0;
+    return text;
 }
 
 static int sized(const lf_arg *arg, int ndim, const int64_t *shape)
 {
     int same = arg->ndim == ndim;
+    char here[192], there[192];
 
     for (int i = 0; same && i < ndim; i++) same = arg->shape[i] == shape[i];
     if (same) return lf_contiguous(arg);
-    PyErr_Format(PyExc_ValueError, "%s: expected another shape, as the plan has it", arg->name);
+    PyErr_Format(PyExc_ValueError, "%s: expected shape [%s], as the plan has it, got [%s]",
+                 arg->name, shape_text(here, ndim, shape),
+                 shape_text(there, arg->ndim, arg->shape));
     return -1;
+}
+
+/* What of a call differs from the plan's facts, in words; `known` as read_facts() answered. */
+static void other_facts(int known, const call_facts *got, const call_facts *made)
+{
+    static const char *const names[] = {"q", "k", "v"};
+    const char *which = "q, k, v", *what = "stream";
+
+    if (known == 0)
+        what = "kind of tensor";
+    else if (got->kernels != made->kernels)
+        which = "the process", what = "attention kernel";
+    else if (got->device != made->device)
+        what = "device";
+    else
+        for (int i = 2; i >= 0; i--) {
+            const int resized = memcmp(got->shape[i], made->shape[i], sizeof got->shape[i]);
+            const int moved = memcmp(got->stride[i], made->stride[i], sizeof got->stride[i]);
+            const int recast = got->dtype[i] != made->dtype[i];
+            if (!resized && !moved && !recast && got->aligned[i] == made->aligned[i]) continue;
+            which = names[i];
+            what = resized ? "shape" : recast ? "dtype" : moved ? "strides" : "alignment";
+        }
+    PyErr_Format(PyExc_ValueError,
+                 "plan: expected tensors like those it was made for, got another %s of %s", what,
+                 which);
 }
 
 /* sparse_step(plan, q, k, v, out, workspace, means | None, held, lse | None)
@@ -232,6 +277,7 @@ PyObject *py_sparse_step(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     call_facts facts;
     int64_t held = 0;
     int status;
+    char text[192];
 
     if (lf_arguments("sparse_step", 9, nargs) < 0) return NULL;
     const call_plan *plan = PyCapsule_GetPointer(args[0], plan_name);
@@ -239,7 +285,7 @@ PyObject *py_sparse_step(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     const int known = read_facts(args + 1, tensors, &facts);
     if (known < 0) return NULL;
     if (known == 0 || memcmp(&facts, &plan->facts, sizeof facts) != 0) {
-        PyErr_SetString(PyExc_ValueError, "plan: expected tensors like those it was made for");
+        other_facts(known, &facts, &plan->facts);
         return NULL;
     }
     lf_select_params s = plan->select;
@@ -250,7 +296,11 @@ PyObject *py_sparse_step(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
     if (sized(&out, 4, facts.shape[0]) < 0) return NULL;
     if (borrow_own(args[5], "workspace", LF_I32, plan, &work) < 0) return NULL;
     if (work.ndim != 1 || work.shape[0] < plan->words || work.stride[0] != 1) {
-        PyErr_SetString(PyExc_ValueError, "workspace: expected as many words as the plan has");
+        PyErr_Format(
+            PyExc_ValueError,
+            "workspace: expected at least %lld words in a row, as the plan has, got [%s]%s",
+            (long long)plan->words, shape_text(text, work.ndim, work.shape),
+            work.ndim == 1 && work.stride[0] != 1 ? " with gaps" : "");
         return NULL;
     }
     if (args[8] != Py_None) {
@@ -265,7 +315,13 @@ PyObject *py_sparse_step(PyObject *Py_UNUSED(module), PyObject *const *args, Py_
         if (means.ndim != 4 || means.shape[0] != s.batch || means.shape[2] != s.heads ||
             means.shape[3] != s.dim || means.shape[1] < s.k_frames * per_frame ||
             means.stride[3] != 1) {
-            PyErr_SetString(PyExc_ValueError, "means: expected room for all frames of k");
+            PyErr_Format(PyExc_ValueError,
+                         "means: expected room for all frames of k, [%lld, at least %lld, %lld, "
+                         "%lld], got [%s]%s",
+                         (long long)s.batch, (long long)(s.k_frames * per_frame),
+                         (long long)s.heads, (long long)s.dim,
+                         shape_text(text, means.ndim, means.shape),
+                         means.ndim == 4 && means.stride[3] != 1 ? " with gaps" : "");
             return NULL;
         }
         s.k_means = lf_view(&means);

@@ -23,8 +23,8 @@ def placed(x: Any, device: Any) -> Any:
     """
     if _captures(device):
         raise RuntimeError(
-            "selector: expected the same call once before the capture of a CUDA graph, as a "
-            "warm-up, got a first one inside"
+            "selector, layout, budget: expected the same call once before the capture of a CUDA "
+            "graph, as a warm-up, got a first one inside"
         )
     return x.to(device)
 
