@@ -22,8 +22,8 @@ from lightforcing.arrays import to_numpy
 EPS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a unit: rounding
 
 
-def bfloat16_or_none():
-    """Torch, if it is installed: NumPy has no bfloat16."""
+def torch_or_none():
+    """Torch, if it is installed: for bfloat16, which NumPy lacks, and for a GPU."""
     try:
         import torch
     except ImportError:
@@ -34,7 +34,7 @@ def bfloat16_or_none():
 def cast(x: np.ndarray, dtype: str, device: str = "cpu"):
     """The array in that dtype; bfloat16, or on a GPU, as a torch tensor."""
     if dtype == "bfloat16" or device != "cpu":
-        torch = bfloat16_or_none()
+        torch = torch_or_none()
         return torch.from_numpy(x).to(device, getattr(torch, dtype))
     return x.astype(dtype)
 
@@ -43,7 +43,7 @@ def dtypes(device: str = "cpu") -> list[str]:
     """What can be tried there."""
     if device != "cpu":
         return ["float16", "bfloat16"]
-    return ["float32", "float16"] + (["bfloat16"] if bfloat16_or_none() else [])
+    return ["float32", "float16"] + (["bfloat16"] if torch_or_none() else [])
 
 
 def draw_shape(draw, dims=(8, 40, 64, 128)) -> dict:
@@ -196,7 +196,7 @@ def random_blocks(draw, shape, device: str = "cpu"):
     keep = draw.random((shape["batch"], shape["heads"], rows, columns)) < draw.uniform(0, 1)
     keep[draw.random(keep.shape[:3]) < 0.1] = False
     q_len, k_len = (shape[f] * shape["frame_tokens"] for f in ("q_frames", "frames"))
-    kept = keep if device == "cpu" else bfloat16_or_none().from_numpy(keep).to(device)
+    kept = keep if device == "cpu" else torch_or_none().from_numpy(keep).to(device)
     blocks = lf.BlockList.from_bool(
         kept, q_len, k_len, shape["frame_tokens"], block_q=block_q, block_k=block_k
     )
@@ -263,7 +263,7 @@ def run(*, seconds: float = 20, seed: int = 0, report: Callable | None = None) -
         error as a share of what is allowed. ``isa`` is "cuda", or the attention kernel, on a GPU.
     """
     rows = []
-    bfloat16_or_none()  # importing torch takes seconds: not on the first check's time
+    torch_or_none()  # importing torch takes seconds: not on the first check's time
     isas, kernels = lf.info()["isas"], [] if why_not_cuda() else cuda_kernels()
     on_cuda = len(CUDA_CHECKS) + len(kernels) * len(KERNEL_CHECKS) if kernels else 0
     share = seconds / (len(isas) * len(CHECKS) + on_cuda)
@@ -297,12 +297,14 @@ def why_not_cuda() -> str | None:
     """The reason why no GPU is tried, or None."""
     if not lf.info()["cuda_built"]:
         return "this build has no CUDA half"
-    torch = bfloat16_or_none()
+    torch = torch_or_none()
     if torch is None:
         return "torch is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if status := lf.info()["cuda_status"]:
-        return f"CUDA answers error {status}"
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+        return f"CUDA answers error {status} to this build, though torch sees a device"
+    return None
 
 
 def cuda_kernels() -> list[str]:

@@ -132,17 +132,11 @@ class Record:
             recall: None, or a pair of one-element tensors, mean and 5th percentile.
         """
         with self._lock:
-            cell = self._cell(layer, call.chunk)
-            cell.calls += 1
-            cell.sparse_calls += 1
-            cell.sparsity = call.sparsity
-            cell.pairs += call.pairs
             if isinstance(density, (int, float)):
-                cell.kept_pairs += call.pairs * density
+                cell = self._ran_sparse(layer, call, call.pairs * density)
             else:
+                cell = self._ran_sparse(layer, call, 0)
                 cell.kept_on_device = cell.kept_on_device + call.pairs * density
-            if call.raised > cell.keep_frames:
-                cell.keep_frames = call.raised
             if timer is not None:
                 self._time(cell, "sparse_seconds", timer, density)
             if recall is not None:
@@ -152,18 +146,19 @@ class Record:
 
     def plain(self, layer, call):
         """A call ran sparse as it was decided, neither timed nor probed: what most calls are."""
-        key = (layer, call.chunk if call.chunk < LAST_CHUNK else LAST_CHUNK)
         with self._lock:
-            cell = self.cells.get(key)
-            if cell is None:
-                cell = self.cells[key] = Cell()
-            cell.calls += 1
-            cell.sparse_calls += 1
-            cell.sparsity = call.sparsity
-            cell.pairs += call.pairs
-            cell.kept_pairs += call.pairs * call.density
-            if call.raised > cell.keep_frames:
-                cell.keep_frames = call.raised
+            self._ran_sparse(layer, call, call.pairs * call.density)
+
+    def _ran_sparse(self, layer, call, kept_pairs):
+        cell = self._cell(layer, call.chunk)
+        cell.calls += 1
+        cell.sparse_calls += 1
+        cell.sparsity = call.sparsity
+        cell.pairs += call.pairs
+        cell.kept_pairs += kept_pairs
+        if call.raised > cell.keep_frames:
+            cell.keep_frames = call.raised
+        return cell
 
     def _time(self, cell, field, timer, density):
         if timer.events is not None:
