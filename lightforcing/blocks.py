@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from . import _core
 from .arrays import is_torch, like, to_numpy
+from .frozen import Frozen
 
 
 def frame_blocks(frame_tokens: int, block: int) -> int:
@@ -16,8 +16,7 @@ def frame_blocks(frame_tokens: int, block: int) -> int:
     return -(-frame_tokens // block)
 
 
-@dataclass(frozen=True, eq=False)
-class BlockList:
+class BlockList(Frozen):
     """The key blocks that each query block attends.
 
     Key blocks never straddle a frame: each frame of ``frame_tokens`` tokens is cut into
@@ -44,10 +43,17 @@ class BlockList:
     frame_tokens: int
     block_q: int
     block_k: int
-    keep_frames: int | None = field(default=None)
+    keep_frames: int | None
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, indices: Any, counts: Any, q_len: int, k_len: int, frame_tokens: int,
+        block_q: int, block_k: int, keep_frames: int | None = None,
+    ) -> None:  # fmt: skip
         """Check the geometry and the shapes."""
+        super().__init__(
+            indices=indices, counts=counts, q_len=q_len, k_len=k_len, frame_tokens=frame_tokens,
+            block_q=block_q, block_k=block_k, keep_frames=keep_frames,
+        )  # fmt: skip
         for name in ("q_len", "k_len", "frame_tokens", "block_q", "block_k"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

@@ -7,11 +7,11 @@ open-ended streaming are ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from . import _core
+from .frozen import Frozen
 
 MOST_FRAMES = 10_000_000  # a week of video; longer streams go on past their plan
 LAWS = ("linear", "exponential", "constant", "count")
@@ -48,8 +48,7 @@ def _ends(
     return np.array(ends, np.int64)
 
 
-@dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(Frozen):
     """The solved sparsity of every chunk, and its continuation past the plan.
 
     Attributes:
@@ -72,10 +71,17 @@ class Schedule:
     target: float | None
     solved: float
 
-    def __post_init__(self) -> None:
-        """Handed out and cached, so nobody may write into them."""
-        self.sparsity.setflags(write=False)
-        self.chunk_ends.setflags(write=False)
+    def __init__(
+        self, sparsity: np.ndarray, chunk_ends: np.ndarray, frames_per_chunk: int,
+        window: int | None, dense_frames: int, law: str, target: float | None, solved: float,
+    ) -> None:  # fmt: skip
+        """Made by :meth:`solve` and :meth:`given`."""
+        for handed_out in sparsity, chunk_ends:  # and cached, so nobody may write into them
+            handed_out.setflags(write=False)
+        super().__init__(
+            sparsity=sparsity, chunk_ends=chunk_ends, frames_per_chunk=frames_per_chunk,
+            window=window, dense_frames=dense_frames, law=law, target=target, solved=solved,
+        )  # fmt: skip
 
     @classmethod
     def solve(

@@ -1,5 +1,8 @@
 """Block lists: the same selection as a boolean map, as CSR, and for flex_attention."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +134,18 @@ def test_torch_lists_and_numpy_lists_are_equal():
         lf.block_sparse_attention(q, k, v, from_numpy),
         lf.block_sparse_attention(q, k, v, from_torch),
     )
+
+
+def test_a_list_cannot_be_changed_and_copies_are_equal():
+    made = make(random_map(0, 1, 1, 2, 4, 0.5), 40, 64, 64)
+    for change in (lambda: setattr(made, "q_len", 3), lambda: setattr(made, "other", 3)):
+        with pytest.raises(AttributeError, match="BlockList"):
+            change()
+    with pytest.raises(AttributeError, match="counts: .*BlockList"):
+        del made.counts
+    assert made.q_len == 40 and not hasattr(made, "other")
+    for again in copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made)):
+        np.testing.assert_array_equal(again.to_bool(), made.to_bool())
+        assert again._row()[2:] == made._row()[2:] and again.keep_frames is None
+        assert type(again) is lf.BlockList and again != made and repr(again) == repr(made)
+    assert made == made and len({made, made}) == 1

@@ -1,5 +1,8 @@
 """Chunk-Aware Growth: the published schedules, and what holds for every schedule."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from cases import generated
@@ -204,6 +207,14 @@ def test_a_solved_schedule_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
         schedule.sparsity[1] = 0.5
     lf.cag_schedule(21, 3)[1] = 0.5  # a copy of one's own
+    with pytest.raises(AttributeError, match="window: .*Schedule"):
+        schedule.window = 12
+    with pytest.raises(AttributeError, match="law: .*Schedule"):
+        del schedule.law
+    for again in copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule)):
+        assert [again.at(n) for n in range(3, 40)] == [schedule.at(n) for n in range(3, 40)]
+        assert repr(again) == repr(schedule) and again != schedule
+    assert repr(schedule).startswith("Schedule(sparsity=array([0.") and schedule == schedule
 
 
 def test_single_chunk_plan_uses_the_target_later():
