@@ -251,10 +251,13 @@ def test_weights_are_checked_by_hash(run, tmp_path, capsys):
     assert "no world.safetensors" in capsys.readouterr().err
 
 
-def test_too_large_a_file_is_refused(run, tmp_path, monkeypatch):
+def test_too_large_a_file_is_refused_in_the_package_only(run, tmp_path, monkeypatch):
+    model = trained(run)[0]
     monkeypatch.setattr(weights, "MOST_BYTES", 1000)
+    assert weights.export(model, tmp_path / "elsewhere", {}).config == MODELS["tiny"]
+    monkeypatch.setattr(weights, "FOLDER", tmp_path / "world" / "weights")
     with pytest.raises(ValueError, match="model: expected at most 1000 bytes in 8 bits, got"):
-        weights.export(trained(run)[0], tmp_path, {})
+        weights.export(model, tmp_path / "world" / "weights.unproven-1", {})
 
 
 # ---- what ships ----------------------------------------------------------------------
