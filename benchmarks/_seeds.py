@@ -9,6 +9,8 @@ import numpy as np
 from _paired import difference, interval, load_rows, show
 
 MEASURES = ("bare", "back", "all")
+# Of Student's t for 95 % with 1, 2 ... degrees of freedom: for 2, 3 ... trainings.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 ALIKE = ("view", "block_k", "block_q", "frame_tokens", "seed", "sweep")  # of every row
 # Asked of every training: minuend and subtrahend.
 PAIRS = (
@@ -68,13 +70,22 @@ def _over(tables, first, second, name):
     n = min(map(len, clips))
     means = [e[0] for e in each if e[0] is not None]
     together = interval(np.mean([c[:n] for c in clips], 0))
+    spread = float(np.std(means, ddof=1)) if len(means) > 1 else None
     return {
         "each": each,
         "mean": together,
         "low": min(means, default=None),
         "high": max(means, default=None),
-        "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+        "spread": spread,
+        "margin": _margin(spread, len(means)),
     }
+
+
+def _margin(spread, count):
+    """Half the 95 % interval of the mean over trainings, if they are a normal sample."""
+    if spread is None or count - 2 >= len(STUDENT):
+        return None
+    return STUDENT[count - 2] * spread / count**0.5
 
 
 def join(tables):
@@ -87,7 +98,8 @@ def join(tables):
         A dict: ``trainings`` (weights, commits, device), ``rows`` and ``questions``. Each has for
         every measure ``each`` (mean and 95 % interval over clips, a training each), ``mean`` (of
         the trainings' means, interval over the clips that all have), ``low``, ``high`` and
-        ``spread`` (standard deviation) of the trainings' means.
+        ``spread`` (standard deviation) of the trainings' means, and ``margin``, half the width of
+        Student's 95 % interval of their mean (None for more than ten trainings).
 
     Raises:
         ValueError: fewer than two trainings, or one without its dense row.
@@ -129,11 +141,12 @@ def _plain(values, between):
 
 
 def _cell(found):
-    """Mean of the trainings, and the lowest and the highest of them."""
+    """Mean of the trainings, its 95 % margin, and the lowest and the highest of them."""
     if found["mean"][0] is None or found["low"] is None:
         return "-"
     mean = np.mean([e[0] for e in found["each"] if e[0] is not None])
-    return f"{mean:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
+    margin = "" if found["margin"] is None else f" ±{found['margin']:.2f}"
+    return f"{mean:+.2f}{margin} ({found['low']:+.2f} {found['high']:+.2f})"
 
 
 def text(made):
@@ -147,24 +160,25 @@ def text(made):
     dense = [_plain(made["dense"][n], "/") for n in MEASURES]
     lines += [
         "",
-        "PSNR in dB; mean over the trainings of the paired difference (lowest to highest of them)",
-        f"{'':28}" + "".join(f"{n:26}" for n in (*MEASURES, "small glyph, each")).rstrip(),
-        f"{'dense':28}" + "".join(f"{d:26}" for d in dense).rstrip(),
+        "PSNR in dB; mean over the trainings of the paired difference ± its 95 % margin over "
+        "trainings (Student's t) (lowest and highest training)",
+        f"{'':28}" + "".join(f"{n:30}" for n in (*MEASURES, "small glyph, each")).rstrip(),
+        f"{'dense':28}" + "".join(f"{d:30}" for d in dense).rstrip(),
     ]
     for row in made["rows"]:
-        cells = "".join(f"{_cell(row[n]):26}" for n in MEASURES)
+        cells = "".join(f"{_cell(row[n]):30}" for n in MEASURES)
         glyphs = _plain(row["glyph_hard"], " ")
         lines.append(f"{row['name'] + ' - dense':28}{cells}{glyphs}")
     lines.append("")
     for pair in made["questions"]:
         label = f"{pair['first']} - {pair['second']}"
-        lines.append(f"{label:28}" + "".join(f"{_cell(pair[n]):26}" for n in MEASURES).rstrip())
+        lines.append(f"{label:28}" + "".join(f"{_cell(pair[n]):30}" for n in MEASURES).rstrip())
     lines += ["", "each training, with 95 % intervals over clips"]
     for pair in (*made["rows"], *made["questions"]):
         label = pair.get("name") or f"{pair['first']} - {pair['second']}"
         for number in range(len(made["trainings"])):
-            cells = "".join(f"{show(pair[n]['each'][number]):26}" for n in MEASURES).rstrip()
-            lines.append(f"{label if number == 0 else '':26}{number} {cells}")
+            cells = "".join(f"{show(pair[n]['each'][number]):30}" for n in MEASURES).rstrip()
+            lines.append(f"{label if number == 0 else '':30}{number} {cells}")
     return "\n".join(lines)
 
 

@@ -54,6 +54,7 @@ import lightforcing as lf
 from lightforcing import capturing, selectors
 
 CALIBRATION = 1_000_000  # exam clips from this number on are measured for budgets, not scored
+FIRST = ("main", "presets", "chunks", "frames")  # groups that come before recall
 JUDGED_STEPS = (0, 2, 4)  # of five: the first, the third, and the pass that fills the cache
 
 
@@ -346,7 +347,7 @@ def plan(args):
     clips = args.clips or (256 if args.view == 64 else 128)
     spent = {}
     for row in load_rows(args.plan):
-        if "scores" in row and row["key"].get("view") == args.view and row["name"] != "dense":
+        if "scores" in row and row["key"].get("view") == args.view:
             spent.setdefault(row["name"].split()[0], []).append(row["seconds"] / row["clips"])
     if not spent:
         raise ValueError(f"--plan: expected rows of {args.view} px in {args.plan}, got none")
@@ -354,7 +355,7 @@ def plan(args):
     total = 0.0
     for row in chosen(rows(table, selectors.names()), args.only):
         count = max(1, round(clips * row.clips))
-        seconds = count * spent.get(row.selector, max(spent.values()))
+        seconds = count * spent.get(row.selector or "dense", max(spent.values()))
         total += seconds
         print(f"{row.name:28}{row.group:10}{count:5} clips{seconds:7.1f} s{total:8.1f} s")
     return 0
@@ -430,7 +431,7 @@ def table_of_rows(args):
     def left():
         return args.seconds - (time.perf_counter() - begin)
 
-    first = [r for r in todo if r.selector is None or r.group in ("main", "presets")]
+    first = [r for r in todo if r.selector is None or r.group in FIRST]
     rest, slowest = [r for r in todo if r.selector is None or r not in first], {}
     missing = run_rows(exam, first, store, left(), report, slowest)
     failed, no_time = missing["failed"], missing["no_time"]

@@ -73,7 +73,7 @@ def test_rows_are_unique_and_their_settings_hold(table):
         assert tuple(kept) == row.kept
         if row.group not in ("pareto", "chunks"):
             assert sum(row.kept) == 153
-    frames = next(r for r in made if r.name == "mass count frames").config(table)
+    frames = next(r for r in made if r.name == "mass cag frames").config(table)
     assert (frames.score, frames.hierarchy) == ("mass", True)
     paper = next(r for r in made if r.name == "hsa cag").config(table)
     assert (paper.score, paper.hierarchy, paper.keep_frames) == ("mean", True, 6)
@@ -256,8 +256,8 @@ def test_rows_that_fail_or_find_no_time_are_told(exam, tmp_path, monkeypatch, ca
 
 def test_only():
     every = _rules.rows(_rules.TABLES[64], selectors.names())
-    picked = [r.name for r in quality.chosen(every, ["mass count", "sta"])]
-    assert picked == ["dense", "mass count", "sta cag", "sta count"]
+    picked = [r.name for r in quality.chosen(every, ["mass count", "lse"])]
+    assert picked == ["dense", "mass count", "lse cag", "lse count"]
     key = [r.name for r in quality.chosen(every, ["key"])]
     assert key == ["dense", "mean uniform", "mean cag", "mean count", "hsa cag", "mass cag",
                    "mass count"]  # fmt: skip
@@ -374,9 +374,10 @@ def test_trainings_are_joined_by_hand(tmp_path, capsys):
     assert row["name"] == "hsa cag"
     assert [e[0] for e in row["all"]["each"]] == [-1, -2, -3]
     assert (row["all"]["low"], row["all"]["high"], row["all"]["spread"]) == (-3, -1, 1)
+    assert row["all"]["margin"] == pytest.approx(4.303 / 3**0.5)  # 97.5 % of t with two degrees
     assert row["all"]["each"][1] == [-2, -3, -1]  # over the clips of a training
     shown = capsys.readouterr().out
-    assert "hsa cag - dense             -2.00 (-3.00 to -1.00)" in shown
+    assert "hsa cag - dense             -2.00 ±2.48 (-3.00 -1.00)" in shown
     assert (tmp_path / "joined.txt").read_text().strip() == shown.strip()
 
 
@@ -412,7 +413,7 @@ def test_a_plan_adds_up_the_seconds_of_an_earlier_run(tmp_path, capsys):
     arguments = ["--plan", str(store.path), "--clips", "8", "--only", "mass count", "mass cag"]
     assert quality.main(arguments) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[-2] for line in lines] == ["8.0", "16.0", "24.0"]  # a second a clip
+    assert [line[-2] for line in lines] == ["18.0", "26.0", "34.0"]  # rows: a second a clip
     assert quality.main([*arguments, "--view", "128"]) == 2
 
 
