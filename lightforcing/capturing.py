@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from . import adapters, reasons
+from .calls import logger
 from .config import Config
-from .handle import Handle, logger
+from .handle import Handle
 from .patching import handle_of
 
 FORMAT = "lightforcing-capture-1"

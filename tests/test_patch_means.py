@@ -122,7 +122,7 @@ def test_more_caches_than_are_remembered(guard, one_layer):
         for c in range(3):
             for cache in caches:
                 forward(one_layer, cache, 3 * c)
-        assert len(handle._means[0].entries) == 4
+        assert len(handle._sparse.means[0].entries) == 4
     assert guard.pooled == [6] * 6 + [9] * 6
 
 
@@ -317,11 +317,11 @@ def test_unpatched_calls_in_between(guard, one_layer):
     cache = ar.new_cache(one_layer)
     handle = lf.patch(one_layer, "fast", **SMALL)
     ar.rollout(one_layer, 3, cache=cache)
-    means = copy.copy(handle._means)
+    means = copy.copy(handle._sparse.means)
     handle.unpatch()
     forward(one_layer, cache, 9)
     handle = lf.patch(one_layer, "fast", **SMALL)
-    handle._means = means  # as if unpatch had kept them
+    handle._sparse.means = means  # as if unpatch had kept them
     forward(one_layer, cache, 12)
     assert guard.pooled[6:] == [15]
     handle.unpatch()
@@ -428,8 +428,8 @@ def test_a_graph_pools_what_it_reads(guard, one_layer, monkeypatch):
     cache = ar.new_cache(one_layer)
     with lf.patched(one_layer, "fast", **SMALL) as handle:
         ar.rollout(one_layer, 3, cache=cache)
-        assert handle._spare
-        spare = dict(handle._spare)
+        assert handle._sparse.spare
+        spare = dict(handle._sparse.spare)
         graph[0] = 7
         for _ in range(2):  # two steps of chunk 4 in one graph
             forward(one_layer, cache, 9)
@@ -437,7 +437,8 @@ def test_a_graph_pools_what_it_reads(guard, one_layer, monkeypatch):
         graph[0] = 8
         forward(one_layer, cache, 9)
         assert guard.pooled[8:] == [12]
-        assert all(handle._spare[key] is x for key, x in spare.items())  # graphs take their own
+        now = handle._sparse.spare
+        assert all(now[key] is x for key, x in spare.items())  # graphs take their own
         graph[0] = 0  # replays write keys that no version tells of
         forward(one_layer, cache, 9)
         forward(one_layer, cache, 12)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import lightforcing as lf
-from lightforcing import _core, report, stats
-from lightforcing import handle as handle_module
+from lightforcing import _core, report, sparse, stats
 from lightforcing.decide import Decision
 from lightforcing.step import Step
 
@@ -288,7 +287,7 @@ def test_a_captured_call_is_counted_and_not_measured(model, monkeypatch, dense_l
     facts, graph = _core.facts, [0]  # a stand-in for the stream
     monkeypatch.setattr(_core, "facts", lambda *a: (*facts(*a)[:2], graph[0]))
     cache, made = ar.new_cache(model), []
-    monkeypatch.setattr(handle_module, "Timer", lambda q: made.append(q) or stats.Timer(q))
+    monkeypatch.setattr(sparse, "Timer", lambda q: made.append(q) or stats.Timer(q))
     with lf.patched(
         model, "fast", timing=True, probe=8, dense_layers=dense_layers, **SMALL
     ) as handle:

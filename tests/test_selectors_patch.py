@@ -284,7 +284,7 @@ def test_reset_forgets_shared_lists():
     handle = lf.patch(model, **SETTINGS, selector=selector, refresh=9)
     rollout(model, chunks=2)
     handle.reset()
-    assert not handle._chooser._lists
+    assert not handle._sparse.chooser._lists
     rollout(model, chunks=2)
     assert set(selector.calls.values()) == {2}
 
@@ -384,7 +384,7 @@ def test_a_copy_has_its_own_lists():
     handle = lf.patch(model, **SETTINGS, selector=selector, refresh=9)
     rollout(model, chunks=2)
     twin = copy.deepcopy(model)
-    assert lf.handle_of(twin) is not handle and not lf.handle_of(twin)._chooser._lists
+    assert lf.handle_of(twin) is not handle and not lf.handle_of(twin)._sparse.chooser._lists
     rollout(twin, chunks=2)
     assert lf.handle_of(twin).stats()["sparse_calls"] == 6
 
