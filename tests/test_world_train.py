@@ -251,6 +251,26 @@ def test_weights_are_checked_by_hash(run, tmp_path, capsys):
     assert "no world.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words, view, clips, batch, said",
+    [
+        ("", [64], [16], 2, "16 clips of 64 px on a CPU, .* takes hours"),
+        ("--view 128 --clips 1", [128], [1], 2, "1 clips of 128 px on a CPU, .* make it shorter"),
+        ("--view 64 128 --clips 8 2 --batch 4", [64, 128], [8, 2], 4, "8 clips of 64 px and 2 "),
+        ("GPU", [64, 128], [256, 64], 64, "$"),
+        ("GPU --view 64", [64], [256], 64, "$"),
+    ],
+)
+def test_a_cpu_examines_fewer_clips_and_says_so(
+    words, view, clips, batch, said, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "_device", lambda options: "cuda" if "GPU" in words else "cpu")
+    options = command.parser().parse_args(["evaluate", *words.replace("GPU", "").split()])
+    command._sizes(options)
+    assert (options.view, options.clips, options.batch) == (view, clips, batch)
+    assert re.match(said, capsys.readouterr().err)
+
+
 def test_too_large_a_file_is_refused_in_the_package_only(run, tmp_path, monkeypatch):
     model = trained(run)[0]
     monkeypatch.setattr(weights, "MOST_BYTES", 1000)
@@ -303,7 +323,10 @@ def test_the_shipped_weights_continue_a_clip():
         ("train --device nowhere", "--device: expected cpu, or a GPU"),
         ("train --device meta", "--device: expected cpu, or a GPU"),
         ("evaluate --clips 0 0", "--clips: expected an integer from 1"),
-        ("evaluate --clips 4 4 4", "--clips: expected one number, or one for each of 2 sizes"),
+        (
+            "evaluate --view 64 128 --clips 4 4 4",
+            "--clips: expected one number, or one for each of 2",
+        ),
         ("evaluate --view 60", "--view: expected multiples of 32, got 60"),
         ("evaluate --view 0", "--view: expected an integer from 1"),
         ("evaluate --batch 0", "--batch: expected an integer from 1"),

@@ -22,6 +22,8 @@ from .model import MODELS, weights_of
 from .recipe import RECIPES, shortened
 from .train import Trainer, trained
 
+GPU, CPU = {"view": [64, 128], "clips": [256, 64]}, {"view": [64], "clips": [16]}
+
 
 def train(options) -> int:
     """Train, or go on training; exit 3 when the time was up before the recipe was over."""
@@ -45,7 +47,16 @@ def _device(options):
 
 
 def _sizes(options):
-    """Checks sizes and numbers of clips before minutes go into them; one number serves all."""
+    """Sizes and numbers of clips, checked before minutes go into them; one number serves all.
+
+    What a GPU does in a minute takes hours on a CPU: there the default is less, and said.
+    """
+    cpu = not str(_device(options)).startswith("cuda")
+    views, counts = (CPU if cpu else GPU).values()
+    whole = options.view is None and options.clips is None
+    options.view = options.view or list(views)
+    options.batch = options.batch or (2 if cpu else 64)
+    options.clips = options.clips or (counts if options.view == views else counts[:1])
     for view in options.view:
         if view % 32:
             raise ValueError(f"--view: expected multiples of 32, got {view}")
@@ -55,6 +66,19 @@ def _sizes(options):
         raise ValueError(
             f"--clips: expected one number, or one for each of {len(options.view)} sizes, "
             f"got {len(options.clips)}"
+        )
+    if cpu:
+        told = " and ".join(
+            f"{count} clips of {view} px"
+            for view, count in zip(options.view, options.clips, strict=True)
+        )
+        more = "--view {} {} --clips {} {} is what a GPU does, and takes hours".format(
+            *GPU["view"], *GPU["clips"]
+        )
+        print(
+            f"{told} on a CPU, each continued twice: the bar tells the time left after the first; "
+            + (more if whole else "--clips and --view make it shorter"),
+            file=sys.stderr,
         )
 
 
@@ -164,9 +188,15 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     def sizes(command):
-        command.add_argument("--view", type=positive, nargs="+", default=[64, 128])
-        command.add_argument("--clips", type=positive, nargs="+", default=[256, 64])
-        command.add_argument("--batch", type=positive, default=64, help="clips of 64 px at a time")
+        command.add_argument(
+            "--view", type=positive, nargs="+", help="pixels; default: 64 128, on a CPU 64"
+        )
+        command.add_argument(
+            "--clips", type=positive, nargs="+", help="of each; default: 256 64, on a CPU 16"
+        )
+        command.add_argument(
+            "--batch", type=positive, help="clips of 64 px at a time; default: 64, on a CPU 2"
+        )
 
     command = add("train", train)
     command.add_argument(
