@@ -3,7 +3,7 @@
 A video makes thousands of attention calls, but only of a few kinds: every layer and denoising step
 of a chunk has the same shapes at the same place. :class:`Decisions` remembers the answer by
 ``_core.facts`` (shapes, strides, dtype, device and stream as bytes), place and chunk size; reasons
-that change from call to call (a context, a step, a layer) are the handle's.
+that change from call to call (a context, a step, a layer) are :mod:`lightforcing.calls`'.
 """
 
 import threading

@@ -15,6 +15,7 @@ from .stats import total
 
 FRAMES_PER_CHUNK, FRAME_TOKENS = 3, 1560  # of Wan 1.3B at 480 x 832, until a call tells
 ROWS = 40  # chunks shown in a text report
+_FIRST_CHUNK, _DENSE_STEP = "first chunk", "dense step"  # of reasons.py, which needs torch
 
 
 def schedule(config: Config, frames_per_chunk: int, window: int | None) -> Schedule:
@@ -202,7 +203,8 @@ def stats(handle) -> dict:
 def text(handle) -> str:
     """See :meth:`Handle.report`."""
     values = stats(handle)
-    return "\n".join([*_head(handle, values), *_table(_rows(handle, values)), *_tail(values)])
+    table = _table(_rows(handle, values))
+    return "\n".join([*_head(handle, values), *table, *_tail(handle, values)])
 
 
 def html(handle) -> str:
@@ -217,7 +219,7 @@ def html(handle) -> str:
             for row in rows
         )
         lines.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-    lines.append(f"<pre>{escape.escape(chr(10).join(_tail(values)))}</pre>")
+    lines.append(f"<pre>{escape.escape(chr(10).join(_tail(handle, values)))}</pre>")
     return "".join(lines)
 
 
@@ -226,10 +228,12 @@ def _head(handle, values):
     kind = handle.facts.get("layer", "attention")
     what = f"{layers} layers of {kind}" if layers else f"unpatched ({kind})"
     lines = [f"lightforcing: {what}; {_settings(handle.config)}"]
-    if handle.config.dense_layers or handle.config.dense_steps:
+    by_wish, steps = list(handle.config.dense_layers), list(handle.config.dense_steps)
+    if by_wish or steps:
+        missed = steps and values["sparse_calls"] and _DENSE_STEP not in values["dense"]
         lines.append(
-            f"dense by wish: layers {list(handle.config.dense_layers)}, "
-            f"steps {list(handle.config.dense_steps)}"
+            f"dense by wish: layers {by_wish}, steps {steps}"
+            + (" that no call had" if missed else "")
         )
     chunks = [c["chunk"] for c in values["chunks"] if c["chunk"] is not None]
     return [*lines, _geometry(handle, max(chunks))] if chunks else lines
@@ -286,7 +290,7 @@ def _rows(handle, values):
     return rows
 
 
-def _tail(values):
+def _tail(handle, values):
     lines = [] if values["chunks"] else ["no calls yet"]
     if values["dense"]:
         lines.append("dense, through the original function:")
@@ -294,7 +298,9 @@ def _tail(values):
     raised = {c["chunk"]: c["keep_frames"] for c in values["chunks"] if "keep_frames" in c}
     for chunk, frames in raised.items():
         lines.append(f"keep_frames rose to {frames} in chunk {chunk}: the budget holds more blocks")
-    if values["density"]:
+    if values["calls"] and not values["sparse_calls"]:
+        lines.append(f"none of the {values['calls']} calls was sparse{_why_none(handle, values)}")
+    elif values["density"]:
         calls = f"{values['sparse_calls']} of {values['calls']} calls sparse"
         lines.append(
             f"attention: {1 / values['density']:.2f}x fewer query-key pairs than dense ({calls})"
@@ -302,6 +308,17 @@ def _tail(values):
     if values["attention_share"] is not None:
         lines.append(f"attention took {values['attention_share']:.0%} of a step, as it ran")
     return lines
+
+
+def _why_none(handle, values):
+    """Why all calls were dense, and the setting to look at where the reason names none."""
+    why, size, query = set(values["dense"]), handle.chunk_frames, handle.shortest_query
+    if why != {_FIRST_CHUNK}:
+        return f" ({' and '.join(sorted(why))})"
+    text = f": all lie in the first chunk, {size} frames"
+    if handle.config.frames_per_chunk and query and query < size:
+        text += f" as frames_per_chunk says, though a query has only {query}"
+    return text
 
 
 def _table(rows):

@@ -56,6 +56,39 @@ def test_report_says_which_geometry_it_counted_with(model):
     assert ", a window of 6 frames, planned for 63 frames (21 chunks, " in line(2, window=6)
 
 
+@pytest.mark.parametrize(
+    "settings, why",
+    [
+        ({}, ": all lie in the first chunk, 3 frames"),
+        (
+            {"frames_per_chunk": 7},
+            ": all lie in the first chunk, 7 frames as frames_per_chunk says, though a query has "
+            "only 3",
+        ),
+        ({"dense_layers": [0, 1]}, " (dense layer)"),
+        ({"dense_frames": 9}, " (dense_frames and first chunk)"),
+    ],
+)
+def test_report_of_a_run_without_a_sparse_call_says_why(model, settings, why):
+    chunks = 2 if settings else 1
+    with lf.patched(model, **settings, **SMALL) as handle:
+        ar.rollout(model, chunks)
+        last = handle.report().splitlines()[-1]
+    assert last == f"none of the {6 * chunks} calls was sparse{why}"
+
+
+def test_report_says_when_no_call_had_a_dense_step(model):
+    def line(**settings):
+        with lf.patched(model, **settings, **SMALL) as handle:
+            ar.rollout(model, 2)
+            return handle.report().splitlines()[1]
+
+    assert line(dense_steps=[99]) == "dense by wish: layers [], steps [99] that no call had"
+    assert line(dense_steps=[2, 99]) == "dense by wish: layers [], steps [2, 99]"
+    both = {"dense_layers": [0, 1], "dense_steps": [1]}  # whatever the step, the layer is dense
+    assert line(**both) == "dense by wish: layers [0, 1], steps [1]"
+
+
 def test_report_before_any_call(model):
     with lf.patched(model, **SMALL) as handle:
         assert handle.report().splitlines()[1:] == ["no calls yet"]
