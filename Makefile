@@ -15,10 +15,13 @@ build: $(BUILT)
 demo: build                  ## a known video, continued under five attention rules; pictures in demo/
 	$(PY) -m lightforcing demo
 
-# Idle OpenMP threads sleep: spinning ones starve the others when tests share few cores.
+# Idle OpenMP threads sleep: spinning ones starve the others when tests share few cores. A worker
+# for each core (half a GB each); one that is idle takes tests from another. Notebooks come first,
+# being the longest: then the workers end together.
 test: export OMP_WAIT_POLICY = passive
 test: lint                   ## lint, every test, the README's code and the notebooks
-	$(PY) -m pytest tests notebooks --nbmake --nbmake-timeout=300
+	$(PY) -m pytest notebooks tests --nbmake --nbmake-timeout=300 \
+		-n logical --maxprocesses 4 --dist worksteal
 
 test-gpu: build              ## GPU tests, compute-sanitizer and the CPU tests, on a machine with a GPU
 	$(PY) scripts/test_gpu.py

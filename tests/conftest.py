@@ -95,10 +95,24 @@ def _is_full(session):
     return names <= collected and not (_partial or single or session.shouldstop)
 
 
+_workers = []  # of pytest-xdist: did each collect a full run?
+
+
 def pytest_sessionfinish(session, exitstatus):
-    total = sum(cases.RAN.values())
-    if exitstatus == pytest.ExitCode.OK and _is_full(session) and total < cases.ENOUGH:
+    if hasattr(session.config, "workeroutput"):  # of a worker, which ran some tests of all
+        session.config.workeroutput.update(cases=dict(cases.RAN), full=_is_full(session))
+        return
+    full = all(_workers) if _workers else _is_full(session)
+    if exitstatus == pytest.ExitCode.OK and full and sum(cases.RAN.values()) < cases.ENOUGH:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Adds what a worker counted; one that crashed has failed a test already."""
+    told = getattr(node, "workeroutput", {})
+    cases.RAN.update(told.get("cases", {}))
+    _workers.append(told.get("full", False))
 
 
 def pytest_terminal_summary(terminalreporter, config):

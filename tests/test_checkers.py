@@ -7,8 +7,11 @@ import signal
 import sys
 import threading
 import time
+import types
+from collections import Counter
 from pathlib import Path
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,3 +227,23 @@ def test_a_benchmark_finds_its_checkout_or_says_what_is_missing(name, tmp_path):
     status, text = child.run([sys.executable, "-S", program], tmp_path, elsewhere, 120)
     assert status == 2 and "Traceback" not in text
     assert re.search(rf"^{name}.py: expected the package torch, .*`make build`", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("counted", "full", "fails"),
+    [
+        ((1200, 900), (True, True), False),
+        ((1200, 700), (True, True), True),
+        ((1200, 700), (True, False), False),  # part of the suite: the count means nothing
+    ],
+)
+def test_the_generated_cases_of_all_workers_count(counted, full, fails, monkeypatch):
+    monkeypatch.setattr(conftest.cases, "RAN", Counter())
+    monkeypatch.setattr(conftest, "_workers", [])
+    monkeypatch.setattr(conftest.cases, "ENOUGH", 2000)
+    for n, whole in zip(counted, full, strict=True):
+        told = {"cases": {"test_any_list": n}, "full": whole}
+        conftest.pytest_testnodedown(types.SimpleNamespace(workeroutput=told), None)
+    session = types.SimpleNamespace(config=None, exitstatus=pytest.ExitCode.OK)
+    conftest.pytest_sessionfinish(session, session.exitstatus)
+    assert (session.exitstatus == pytest.ExitCode.TESTS_FAILED) == fails
