@@ -127,12 +127,18 @@ def arm_settings(arm):
 
 def check_arms(arms):
     """Raise ValueError for an arm that no patch takes."""
-    from lightforcing.config import PRESETS
+    from lightforcing.config import PRESETS, Config
 
     for arm in arms:
-        settings = arm_settings(arm)
-        if settings is not None and settings["preset"] not in PRESETS:
+        settings = arm_settings(arm) or {"preset": "fast"}
+        preset = settings.pop("preset")
+        if preset not in PRESETS:
             raise ValueError(f"--arms: expected dense or one of {', '.join(PRESETS)}, got {arm!r}")
+        settings.pop("strict", None)  # patch's own
+        try:
+            Config.preset(preset, **settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--arms: {arm}: {error}") from None
 
 
 def generate(pipeline, videos, folder, arms, frames=21, size=LATENT_SIZE, write=None, report=print):
@@ -393,9 +399,13 @@ def compare(folder, read=read_video, perceptual=None):
     lines = []
     for arm in others:
         both = sorted({p.name for p in arm.glob("*.mp4")} & {p.name for p in dense.glob("*.mp4")})
+        if not both:
+            raise FileNotFoundError(
+                f"videos: expected mp4 files of the same names in {arm} and {dense}, got none"
+            )
         each = [likeness(read(arm / n), read(dense / n), perceptual) for n in both]
         lines.append(f"{arm.name} against dense, {len(both)} videos, by chunk")
-        for figure in each[0] if each else ():
+        for figure in each[0]:
             values = np.array([e[figure] for e in each])
             cells = "".join(f"{x:8.3f}" for x in values.mean(0))
             lines.append(f"  {figure:6}{cells}   all {show(interval(values.mean(1)), 3)}")
@@ -479,6 +489,8 @@ def _run(args):
         args.plan.write_text(json.dumps(made, indent=1) + "\n")
         print(f"{len(made)} videos planned in {args.plan}")
     elif args.command == "generate":
+        import _here  # noqa: F401  (the other commands need neither torch nor lightforcing)
+
         videos = planned(args.plan)
         if not args.checkout.is_dir():
             raise ValueError(f"--checkout: expected a folder, got {args.checkout}")

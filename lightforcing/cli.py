@@ -113,8 +113,6 @@ def demo(options) -> int:
     need("safetensors", "models", "demo")
     for module in ("imageio", "imageio_ffmpeg", "PIL", "tqdm"):
         need(module, "viz", "demo")
-    if os.path.exists(options.out) and not os.path.isdir(options.out):
-        raise Stop(f"--out: expected a folder, got {options.out}, which is a file")
     from . import demo as film
 
     result = film.run(options)
@@ -291,7 +289,9 @@ def parser() -> argparse.ArgumentParser:
         "--view", type=int, choices=(64, 128), default=64, help="pixels of a side; default: 64"
     )
     command.add_argument("--frames", type=positive, default=21, help="default: 21")
-    command.add_argument("--out", default="demo", metavar="FOLDER", help="default: ./demo")
+    command.add_argument(
+        "--out", type=new_folder, default="demo", metavar="FOLDER", help="default: ./demo"
+    )
 
     command = add("bench", bench)
     add_plan(command)

@@ -242,7 +242,9 @@ def test_an_option_is_never_guessed_from_its_beginning(tool, monkeypatch):
 
 def test_generate_checks_what_it_was_given_before_it_loads_anything(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vbench, "self_forcing", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(vbench.importlib.util, "find_spec", lambda name: None)
+    find = vbench.importlib.util.find_spec
+    absent = lambda name: None if name == "omegaconf" else find(name)  # noqa: E731
+    monkeypatch.setattr(vbench.importlib.util, "find_spec", absent)
     plan, weights = tmp_path / "plan.json", tmp_path / "weights.pt"
     common = ["generate", str(plan), str(tmp_path / "v"), "--checkout", str(tmp_path / "checkout"),
               "--config", "c.yaml", "--checkpoint", str(weights), "--arms", "dense"]  # fmt: skip
@@ -261,6 +263,11 @@ def test_generate_checks_what_it_was_given_before_it_loads_anything(tmp_path, mo
     assert "--checkpoint: expected a file" in told()
     weights.write_text("")
     assert "--arms: expected dense or one of" in told("best")
+    assert "--arms: fast:sparsity=3: sparsity: expected a number in [0, 1)" in told(
+        "fast:sparsity=3"
+    )
+    assert "--arms: fast:nix=1: nix: no such setting" in told("fast:nix=1")
+    assert "generate needs omegaconf: pip install omegaconf" in told("fast:law=linear,strict=true")
     assert "generate needs omegaconf: pip install omegaconf" in told("fast")
 
 
@@ -275,12 +282,18 @@ def test_generate_checks_what_it_was_given_before_it_loads_anything(tmp_path, mo
         ("plan P --prompts none", "none"),
         ("compare none", "videos: expected a folder, got none"),
         ("compare .", "videos: expected a folder dense and another one in"),
+        (
+            "compare ARMS",
+            "videos: expected mp4 files of the same names in ARMS/fast and ARMS/dense",
+        ),
         ("table none", "videos: expected a folder, got none"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").write_text("\n")
+    for arm in ("dense", "fast"):
+        (tmp_path / "ARMS" / arm).mkdir(parents=True)
     (tmp_path / "TWO").write_text("a cat\na dog\n")
     try:
         status = vbench.main(arguments.split())

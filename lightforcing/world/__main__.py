@@ -108,10 +108,13 @@ def gates(options) -> int:
     _sizes(options)
     device = _device(options)
     dtype = torch.float16 if device != "cpu" else torch.float32
-    if options.weights and Path(options.weights).is_file():
-        model = load_wan(options.weights, device=device, dtype=dtype)
-    else:
-        model = weights.load_world(options.weights, device=device, dtype=dtype)
+    try:
+        if options.weights and Path(options.weights).is_file():
+            model = load_wan(options.weights, device=device, dtype=dtype)
+        else:
+            model = weights.load_world(options.weights, device=device, dtype=dtype)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--weights: {error}") from None
     results = _examined(model, options)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
