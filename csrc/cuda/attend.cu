@@ -185,8 +185,7 @@ __device__ __forceinline__ void attend_rows(const lf_attend_params &p, const Pla
     constexpr int TILES = DIM / 8 / (2 * GROUP_WARPS / ROW_WARPS);  // of columns, in the end
     uint32_t column = 0;
     cp_async_wait_group<0>();
-    // From here on barriers of the whole block only, also where a group's would do: racecheck took
-    // a read before one that followed a group's own, and a write after it, for a hazard.
+    keys.catch_up();
     __syncthreads();  // the rings are free
     if constexpr (ROW_WARPS < GROUP_WARPS) {
         merge<DIM, DIM / 8>(rows, plan.scale_log2, boxes, stats, warp ^ ROW_WARPS, part);

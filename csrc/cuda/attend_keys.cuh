@@ -173,6 +173,17 @@ template <int DIM> struct KeyStream {
         cp_async_wait_group<0>();
         sync_group();
     }
+
+    /* As many barriers as the group with one step more has passed, while that one computes it:
+     * racecheck counts a thread's barriers, whichever they are, and took what the two groups hand
+     * each other across a later barrier of the whole block for a hazard. */
+    __device__ __forceinline__ void catch_up() const
+    {
+        const uint32_t last = work.steps % GROUPS;
+        if (last == 0 || tid_x() / GROUP_THREADS < last) return;
+        sync_group();
+        sync_group();
+    }
 };
 
 }  // namespace lf::portable
