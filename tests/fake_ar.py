@@ -230,7 +230,7 @@ def attentions(model):
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind():
+def nothing_is_left_behind(young_garbage):
     """Every test unpatches what it patched; copies that died count as unpatched."""
     yield
     gc.collect()
