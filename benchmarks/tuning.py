@@ -49,7 +49,7 @@ RULES, ALSO = ("mass count", "hsa cag", "dense"), ("mass cag",)
 FIRST = 1 << 40  # seeds of the clips to tune on; training takes smaller ones, exams larger ones
 RATE, WARM_UP, DECAY, EMA = 0.004, 10, 0.4, 0.98  # a fifth of the training's rate
 NO_TIME, UNTUNED, REGIONS = "no time left", "untuned", ("bare", "back", "all")
-PART = 8  # clips of a forward: attention keeps its masks for the backward, 14 GB of them
+STOCK = 8  # steps whose clips are made at once: 600 small launches take 24 ms
 MATRICES = ("self_attn.q.", "self_attn.k.", "self_attn.v.", "self_attn.o.", "ffn.0.", "ffn.2.")
 
 
@@ -66,7 +66,7 @@ def masked(layout, table, row):
     """
     config = row.config(table)
     if config is None:
-        return layout.split(table.frame_tokens)
+        return _with(SDPBackend.FLASH_ATTENTION, layout.split(table.frame_tokens))
     chosen = config.selector or selectors.make("hsa" if config.hierarchy else config.score)
     runs = [r.nonzero().flatten().tolist() for r in layout.sees.cpu()]
     chunks, tokens = layout.chunk.tolist(), table.frame_tokens
@@ -74,15 +74,9 @@ def masked(layout, table, row):
     @torch.no_grad()
     def mask_of(q, k, geometry):
         with torch.autocast(q.device.type, enabled=False):  # scores as a rollout computes them
-            return kept_tokens(chosen.select(q.detach(), k.detach(), geometry))
+            return kept_tokens(chosen.select(q.detach(), k.detach(), geometry), q.dtype)
 
     def attend(q, k, v):
-        # The one fast kernel that takes a mask; asked for by name, so that none is tried instead.
-        fast = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if q.is_cuda else nullcontext()
-        with fast:
-            return attended(q, k, v)
-
-    def attended(q, k, v):
         q, k, v = (x.split(CHUNK * tokens, 1) for x in (q, k, v))
         parts = []
         for i, run in enumerate(runs):
@@ -99,18 +93,29 @@ def masked(layout, table, row):
             parts.append(F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2))
         return torch.cat(parts, 1)
 
-    return attend
+    return _with(SDPBackend.EFFICIENT_ATTENTION, attend)  # the fast one that takes a mask
 
 
-def kept_tokens(lists):
-    """A list of blocks that fill their frames as a mask over tokens, ``[B, H, Lq, Lk]``."""
+def _with(backend, attend):
+    """The same attention; a GPU by this kernel alone: cuDNN would plan anew for every length."""
+
+    def by_it(q, k, v):
+        with sdpa_kernel(backend) if q.is_cuda else nullcontext():
+            return attend(q, k, v)
+
+    return by_it
+
+
+def kept_tokens(lists, dtype):
+    """A list of blocks that fill their frames, added to logits: 0 or -inf, ``[B, H, Lq, Lk]``."""
     shape = (*lists.indices.shape[:3], lists.blocks)
-    kept = torch.zeros(shape, dtype=torch.bool, device=lists.indices.device)
-    kept.scatter_(3, lists.indices.long(), True)
-    return kept.repeat_interleave(lists.block_q, 2).repeat_interleave(lists.block_k, 3)
+    kept = torch.full(shape, -math.inf, dtype=dtype, device=lists.indices.device)
+    kept.scatter_(3, lists.indices.long(), 0.0)
+    tokens = kept[:, :, :, None, :, None].expand(-1, -1, -1, lists.block_q, -1, lists.block_k)
+    return tokens.reshape(*shape[:2], shape[2] * lists.block_q, shape[3] * lists.block_k)
 
 
-def tune(model, table, row, *, seconds, steps=10**9, batch=16, part=PART, seed=0, report=None):
+def tune(model, table, row, *, seconds, steps=10**9, batch=16, part=None, seed=0, report=None):
     """A copy of the model, tuned under a rule by the clock or by steps: (averaged weights, steps).
 
     Args:
@@ -120,7 +125,8 @@ def tune(model, table, row, *, seconds, steps=10**9, batch=16, part=PART, seed=0
         seconds: of the clock.
         steps: at most so many.
         batch: clips a step.
-        part: clips of a forward and backward; the gradients of a step's parts are summed.
+        part: clips of a forward and backward, whose gradients are summed; None is the batch.
+            Halved where the memory does not suffice: 16 clips take 50 GB, most of it masks.
         seed: of the noise; clips are the same for every rule.
         report: called with a line now and then.
 
@@ -138,27 +144,28 @@ def tune(model, table, row, *, seconds, steps=10**9, batch=16, part=PART, seed=0
     layout = Layout(7, 1, device)
     attend = masked(layout, table, row)
     draw = torch.Generator(device).manual_seed(seed)
-    begin, step = time.perf_counter(), 0
+    begin, step, part = time.perf_counter(), 0, part or batch
+    ahead = STOCK if device.type == "cuda" else 1
     while step < steps and time.perf_counter() - begin < seconds:
         done = max((time.perf_counter() - begin) / seconds, step / steps)
         rate = RATE * min(1.0, (step + 1) / WARM_UP) * min(1.0, (1 - done) / DECAY)
         muon.lr = rate
         adam.param_groups[0]["lr"] = rate / 20
-        first = FIRST + step * batch
-        clip = clips(range(first, first + batch), view=table.view, exam=False, device=device)
-        x, t, told, target = layout.batch(clip, draw)
-        losses = []
-        for start in range(0, batch, part):
-            these = slice(start, start + part)
-            more = {name: value[these] for name, value in told.items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                v = tuned.forward_frames(
-                    x[these], t[these], positions=layout.positions, attend=attend, **more
-                )
-            v = v[:, :, layout.noisy_frames].float()
-            loss = F.mse_loss(v, target[these]) * (len(v) / batch)
-            loss.backward()
-            losses.append(loss.detach())
+        if step % ahead == 0:
+            first = FIRST + step * batch
+            seeds = range(first, first + ahead * batch)
+            stock = clips(seeds, view=table.view, exam=False, device=device)
+        clip = stock[step % ahead * batch :][:batch]
+        sequence = layout.batch(clip, draw)
+        while True:
+            try:
+                loss = _gradients(tuned, layout, attend, sequence, part)
+                break
+            except torch.OutOfMemoryError:
+                if part == 1:
+                    raise
+                part = part // 2
+                tuned.zero_grad(set_to_none=True)
         torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
         muon.step()
         adam.step()
@@ -168,7 +175,7 @@ def tune(model, table, row, *, seconds, steps=10**9, batch=16, part=PART, seed=0
             torch._foreach_lerp_(list(average.parameters()), list(tuned.parameters()), 1 - keep)
         step += 1
         if step % 20 == 1:
-            loss = sum(losses).item()
+            loss = loss.item()
             if not math.isfinite(loss):
                 raise RuntimeError(f"loss: expected a finite number, got {loss} at step {step}")
             if report is not None:
@@ -176,6 +183,24 @@ def tune(model, table, row, *, seconds, steps=10**9, batch=16, part=PART, seed=0
     if device.type == "cuda":
         torch.cuda.synchronize()
     return average.requires_grad_(False).eval(), step
+
+
+def _gradients(model, layout, attend, sequence, part):
+    """Adds up the gradients of a step's parts; the loss."""
+    x, t, told, target = sequence
+    total, cuda = 0.0, x.device.type == "cuda"
+    for start in range(0, len(x), part):
+        these = slice(start, start + part)
+        more = {name: value[these] for name, value in told.items()}
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=cuda):
+            v = model.forward_frames(
+                x[these], t[these], positions=layout.positions, attend=attend, **more
+            )
+        v = v[:, :, layout.noisy_frames].float()
+        loss = F.mse_loss(v, target[these]) * (len(v) / len(x))
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def run(model, table, arms, exam_clips, args, report, store=None, also=(), done=None):

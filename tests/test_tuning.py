@@ -160,6 +160,20 @@ def test_a_rule_that_fails_or_has_no_time_loses_no_other(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_parts_are_halved_where_the_memory_does_not_suffice(monkeypatch):
+    asked, original = [], tuning._gradients
+
+    def gradients(model, layout, attend, sequence, part):
+        asked.append(part)
+        if part > 1:
+            raise torch.OutOfMemoryError("full")
+        return original(model, layout, attend, sequence, part)
+
+    monkeypatch.setattr(tuning, "_gradients", gradients)
+    tuning.tune(tiny_model(), SMALL, _rules.Row("dense"), seconds=1e9, steps=2, batch=4)
+    assert asked == [4, 2, 1, 1]
+
+
 def test_the_parts_of_a_step_sum_to_the_whole():
     tuned = [
         tuning.tune(tiny_model(), SMALL, MASS, seconds=1e9, steps=1, batch=3, part=part)[0]
