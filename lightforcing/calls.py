@@ -42,6 +42,8 @@ class Calls:
         self._schedules = {}
         self._decisions, self._last = Decisions(), None
         self._size, self._before = 0, None  # of this forward; its last layer
+        self.forwards = None  # of the last whole chunk, where step_share asks
+        self._shared = c.step_share is not None  # does step_share apply?
         # Do the settings ask for nothing that differs from call to call of a kind, or is measured?
         self._even = not (c.timing or c.probe or c.dense_layers or c.dense_steps) and not (
             c.sparsity == 0 and c.schedule is None
@@ -114,11 +116,28 @@ class Calls:
         steps = self._steps[layer]
         start, step = steps.pop(call.cache, (None, 0))
         if start != call.start:
+            if start is not None and self.config.step_share is not None:
+                self._count(start, step, call.start)
             step = 0
         steps[call.cache] = (call.start, step + 1)
         if len(steps) > BUFFERS:
             steps.popitem(last=False)
         return step
+
+    def _count(self, start, forwards, now):
+        """A chunk ended after so many forwards: are they those that step_share is for?"""
+        if now < start or (start == 0 and forwards == 1):  # a new video; a first chunk only cached
+            return
+        self.forwards, numbers = forwards, len(self.config.step_share)
+        self._shared = forwards == numbers
+        if not self._shared:
+            text = "step_share has %d numbers, a chunk %d forwards: all keep the same (said once)"
+            self._say(text, numbers, forwards)
+
+    @property
+    def share_misfits(self):
+        """Did the last whole chunk have another number of forwards than step_share?"""
+        return self.config.step_share is not None and not self._shared
 
     # ---- one attention call ---------------------------------------------------------------
 
@@ -168,6 +187,7 @@ class Calls:
         """What calls of this kind come to; None if the place in the video is not known."""
         if visit.first_frame is None:
             return None
+        turn = visit.step if self._shared else -1
         known = key = None
         if type(q) is type(k) is type(v) is torch.Tensor and not (
             q.is_neg() or k.is_neg() or v.is_neg()
@@ -175,7 +195,7 @@ class Calls:
             known = _core.facts(q, k, v, visit.keys)
         if known is not None:
             facts, visit.address, visit.capture = known
-            key = (facts, visit.first_frame, visit.frame_tokens, visit.window, self._size)
+            key = (facts, visit.first_frame, visit.frame_tokens, visit.window, turn, self._size)
             decision = self._decisions.get(key)
             if decision is not None:
                 if decision is not self._last:
@@ -188,7 +208,7 @@ class Calls:
         if known is None:
             visit.address = address_inside(k, visit.keys)
         spare = None if known is None else self._sparse.spare
-        decide(decision, self.config, self.schedule, visit, q, k, v, spare)
+        decide(decision, self.config, self.schedule, visit, turn, q, k, v, spare)
         if key is not None and self.config.plain:
             self._decisions.put((*key[:-1], self._size), decision)
         return decision
@@ -257,9 +277,14 @@ class Calls:
         return self._schedules[key]
 
     def _warn(self, reason, layer, chunk=None):
-        if reason not in self._warned and not torch.compiler.is_compiling():
-            self._warned.add(reason)
-            logger.warning("%s: dense because of %s (said once)", _where(layer, chunk), reason)
+        self._say("%s: dense because of %s (said once)", _where(layer, chunk), reason)
+
+    def _say(self, text, *values):
+        """A warning, once for its text and last value."""
+        key = text, values[-1]
+        if key not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(key)
+            logger.warning(text, *values)
 
 
 def _where(layer, chunk):

@@ -83,6 +83,11 @@ class Config:
         layout: ``tiles`` or ``raster``: reorder the tokens of a frame around the sparse call, so
             that blocks are tiles or runs of rows. An experiment: it costs a copy of q, k and v.
         budget: blocks of each head, as a :class:`lightforcing.selectors.Budget`; the total stays.
+        step_share: what share of the kept blocks each forward of a chunk gets: its denoising steps
+            in order, then the pass that fills the cache. Only the ratios matter, the sum over the
+            forwards stays; None is the same for all. Where the chunk before had another number of
+            forwards all get the same, and the report says so. A given chunk, which is cached
+            without denoising, counts as a first step.
         dense_layers: layers that stay dense, counted from 0; negative from the end.
         dense_steps: denoising steps of a chunk that stay dense, counted from 0.
         strict: raise where a call would stay dense for a reason nobody asked for.
@@ -117,6 +122,7 @@ class Config:
     refresh: int = 1
     layout: str | None = None
     budget: Any = None
+    step_share: tuple[float, ...] | None = None
     dense_layers: tuple[int, ...] = ()
     dense_steps: tuple[int, ...] = ()
     strict: bool = False
@@ -169,6 +175,16 @@ class Config:
             object.__setattr__(self, "selector", None)
         if self.budget is not None and self.selector is None and self.hierarchy:
             raise ValueError("budget: expected hierarchy=False or a selector beside it, got hsa")
+        put("step_share", _optional(_tuple_of(_number)), 0.0, 1e6)
+        if self.step_share is not None and not sum(self.step_share):
+            raise ValueError(
+                f"step_share: expected numbers that are not all 0, got {list(self.step_share)}"
+            )
+        if self.step_share is not None and self.refresh > 1:
+            raise ValueError(
+                f"step_share: expected None beside refresh = {self.refresh}, whose steps share a "
+                f"list, got {list(self.step_share)}"
+            )
         put("dense_layers", _tuple_of(_integer), -math.inf)
         put("dense_steps", _tuple_of(_integer), 0)
         if self.sink_frames + self.near_frames > self.keep_frames:
@@ -218,7 +234,7 @@ class Config:
         """A copy with fields replaced.
 
         ``sparsity=s`` also sets base to ``min(1, s + 0.10)`` and drops a given schedule; a law
-        without a base drops the base.
+        without a base drops the base, and a ``refresh`` above 1 the shares of steps.
 
         Raises:
             TypeError: no field of this name, or score or hierarchy beside a selector.
@@ -234,6 +250,8 @@ class Config:
             overrides = {"sparsity": sparsity, "base": None, "schedule": None, **overrides}
         if overrides.get("law") in FLAT:
             overrides = {"base": None, **overrides}
+        if overrides.get("refresh", 1) != 1:
+            overrides = {"step_share": None, **overrides}
         return replace(self, **overrides)
 
     def to_dict(self):

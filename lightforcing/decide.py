@@ -11,6 +11,7 @@ import threading
 import torch
 
 from . import ops, reasons
+from .selectors.budget import Budget
 from .selectors.choose import grid_of, needs_grid
 from .step import Step
 
@@ -21,7 +22,7 @@ class Decision:
     """The answer for one kind of call."""
 
     __slots__ = ("frame_tokens", "query", "past", "frames", "size", "chunk", "end", "window",
-                 "pairs", "reason", "sparsity", "kept", "density", "raised", "step",
+                 "pairs", "reason", "sparsity", "asked", "kept", "density", "raised", "step",
                  "keys", "rows")  # fmt: skip
 
     def __init__(self, frame_tokens, query, past, size, first_frame, window, pairs):
@@ -34,7 +35,8 @@ class Decision:
         self.window = window
         self.pairs = pairs  # of queries and keys, over the heads
         self.reason = None  # to stay dense
-        self.sparsity, self.density = 0.0, 1.0
+        self.sparsity, self.density = 0.0, 1.0  # of the schedule, of the call
+        self.asked = 0.0  # sparsity of the call; the schedule's but for step_share
         self.kept = 0  # key blocks of a row
         self.raised = 0  # keep_frames, where the budget forced it up
         self.step = None  # the call itself, where the core takes it in one
@@ -58,7 +60,7 @@ def _is_blhd(x):
     return isinstance(x, torch.Tensor) and x.dim() == 4
 
 
-def decide(decision, config, schedule, visit, q, k, v, spare):
+def decide(decision, config, schedule, visit, turn, q, k, v, spare):
     """Complete a decision that :func:`place` began.
 
     Args:
@@ -66,6 +68,7 @@ def decide(decision, config, schedule, visit, q, k, v, spare):
         config: the settings.
         schedule: ``(frames_per_chunk, window)`` to the solved schedule.
         visit: the running forward.
+        turn: of the forward in its chunk, where ``step_share`` applies; -1 where it does not.
         q: the queries.
         k: the keys.
         v: the values.
@@ -76,13 +79,13 @@ def decide(decision, config, schedule, visit, q, k, v, spare):
     part = config.block_k if config.score == "mean" else config.block_k // 4
     d.keys = (k.stride(), k.shape[0], k.shape[2:], k.dtype, k.device, stream, d.frame_tokens, part)
     d.rows = d.frames * -(-d.frame_tokens // part)
-    d.reason = reasons.unsupported(q, k, v) or _plan(d, config, schedule, visit)
+    d.reason = reasons.unsupported(q, k, v) or _plan(d, config, schedule, visit, turn)
     if d.reason is None and spare is not None and config.plain:
-        d.step = Step(q, k, v, frame_tokens=d.frame_tokens, sparsity=d.sparsity,
+        d.step = Step(q, k, v, frame_tokens=d.frame_tokens, sparsity=d.asked,
                       **config.selection(), spare=spare)  # fmt: skip
 
 
-def _plan(d, config, schedule, visit):
+def _plan(d, config, schedule, visit, turn):
     """The sparsity of the call, or why it has none."""
     if d.past == 0 and d.query > d.size:
         return reasons.RECACHE
@@ -96,15 +99,12 @@ def _plan(d, config, schedule, visit):
     d.sparsity = float(schedule(d.size, d.window).at(d.end))
     if d.sparsity == 0:
         return reasons.ZERO
-    blocks, kept, keep_frames = ops.plan_selection(
-        d.query,
-        d.frames,
-        d.frame_tokens,
-        sparsity=d.sparsity,
-        block_k=config.block_k,
-        keep_frames=config.keep_frames,
-        hierarchy=config.hierarchy and config.selector is None,
-    )
+    d.asked = d.sparsity
+    blocks, kept, keep_frames = _counts(d, config)
+    if 0 <= turn < len(config.step_share or ()) and kept < blocks:
+        kept = int(Budget((config.step_share,)).counts(kept, blocks)[0, turn])
+        d.asked = max(0.0, 1 - (kept + 0.5) / blocks)  # the middle of what keeps so many
+        blocks, kept, keep_frames = _counts(d, config)
     if kept >= blocks:
         return reasons.ALL_KEPT
     if needs_grid(config) and grid_of(config, visit) is None:
@@ -117,6 +117,19 @@ def _plan(d, config, schedule, visit):
     ):
         d.raised = keep_frames
     return None
+
+
+def _counts(d, config):
+    """Key blocks, those kept and frames kept at the sparsity that is asked for."""
+    return ops.plan_selection(
+        d.query,
+        d.frames,
+        d.frame_tokens,
+        sparsity=d.asked,
+        block_k=config.block_k,
+        keep_frames=config.keep_frames,
+        hierarchy=config.hierarchy and config.selector is None,
+    )
 
 
 class Decisions:

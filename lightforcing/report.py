@@ -259,6 +259,8 @@ def _settings(config):
         base = f" (base {config.base})" if config.base is not None else ""
         law = f"sparsity {config.sparsity:g}{base} by law {config.law}"
     extras = [f"a list for {config.refresh} steps"] if config.refresh > 1 else []
+    if config.step_share is not None:
+        extras.append("blocks by step " + " ".join(f"{x:g}" for x in config.step_share))
     extras += ["a budget by head"] if config.budget is not None else []
     extras += [f"tokens as {config.layout}"] if config.layout is not None else []
     if config.selector is not None:
@@ -298,6 +300,11 @@ def _tail(handle, values):
     raised = {c["chunk"]: c["keep_frames"] for c in values["chunks"] if "keep_frames" in c}
     for chunk, frames in raised.items():
         lines.append(f"keep_frames rose to {frames} in chunk {chunk}: the budget holds more blocks")
+    if handle.share_misfits:
+        lines.append(
+            f"step_share is for {len(handle.config.step_share)} forwards a chunk, the last one had "
+            f"{handle.forwards}: all keep the same"
+        )
     if values["calls"] and not values["sparse_calls"]:
         lines.append(f"none of the {values['calls']} calls was sparse{_why_none(handle, values)}")
     elif values["density"]:

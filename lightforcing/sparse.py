@@ -94,7 +94,7 @@ class Sparse:
                 q,
                 k,
                 frame_tokens=decision.frame_tokens,
-                sparsity=decision.sparsity,
+                sparsity=decision.asked,
                 k_means=means.pool(visit, k, decision),
                 **config.selection(),
             )
