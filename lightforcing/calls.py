@@ -195,6 +195,8 @@ class Calls:
             known = _core.facts(q, k, v, visit.keys)
         if known is not None:
             facts, visit.address, visit.capture = known
+            if visit.capture:
+                turn = -1  # whoever replays the graph does so in any forward of a chunk
             key = (facts, visit.first_frame, visit.frame_tokens, visit.window, turn, self._size)
             decision = self._decisions.get(key)
             if decision is not None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lightforcing as lf
+from lightforcing import _core
 from lightforcing.step import Step
 
 SMALL = {"block_q": 16, "block_k": 16, "sparsity": 0.6, "law": "constant"}
@@ -116,6 +117,19 @@ def test_a_chunk_that_was_broken_off_counts_for_nothing(kept):
         kept.clear()
         ar.rollout(model, 3, cache=cache)
     assert by_chunk(kept) == [[3, 3, 6], [5, 5, 11]]
+
+
+def test_a_graph_keeps_the_same_in_every_forward(kept, monkeypatch):
+    """Captured in one forward, it may be replayed in all."""
+    facts, graph = _core.facts, [0]  # a stand-in for the stream
+    monkeypatch.setattr(_core, "facts", lambda *a: (*facts(*a)[:2], graph[0]))
+    model = ar.make(layers=LAYERS)
+    cache = ar.new_cache(model)
+    with lf.patched(model, config=lf.Config(**SMALL, step_share=(1, 1, 2))):
+        ar.rollout(model, 2, cache=cache)
+        for graph[0] in 0, 7, 0, 8:
+            model(ar.noise(3), kv_cache=cache, current_start=6 * ar.T)
+    assert kept[::LAYERS] == [3, 3, 6, 5, 7, 11, 7]
 
 
 def test_beside_refresh():
