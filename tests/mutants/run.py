@@ -204,6 +204,7 @@ def united(mutants, build=()):
 def run_in_turn(mutants, folder, out):
     """All faults in one copy, one after the other."""
     tree, table = Tree(folder / "tree", gpu=False), Table(out)
+    table.say(f"the CPU's, commit {git_head()}, {datetime.date.today().isoformat()}")
     for mutant in mutants:
         tree.apply(mutant, "--check")
     tree.build()
