@@ -41,6 +41,8 @@ Selection measure(const lf_select_params &p)
     s.q_parts = s.q_blocks * s.block_parts;
     s.q_tiles = int(lf_ceil_div(s.q_parts, 8));
     s.new_frames = int(p.k_frames - p.means_frames);
+    s.over_block_parts = reciprocal(s.block_parts);
+    s.over_frame_blocks = reciprocal(s.frame_blocks);
     return s;
 }
 
