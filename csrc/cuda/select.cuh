@@ -25,6 +25,7 @@ struct Selection {
     int q_len;                    // query rows
     int new_frames;               // frames of k whose means are not given
     int padded_blocks;            // J rounded up to whole sectors of L2: the row length of `logits`
+    uint32_t over_block_parts, over_frame_blocks;  // quotient() by these
     // Means of the new frames, in k_means (store_means) or in the workspace; row 0 is the first.
     lf_tensor new_means;
     bool q_vectors, k_vectors, means_vectors, new_vectors;  // 16-byte accesses are allowed
@@ -37,6 +38,14 @@ struct Selection {
     float *q_factor;  // [BH, ceil(A / 8) * 8] logit = factor of q * factor of k * product
     float *logits;    // [BH, A, padded J] log-sum-exp of a key block's logits; bit 0 marks a NaN
 };
+
+/* x / d by a product, over = reciprocal(d): exact where x d < 2^32. (d = 1: over is 0.) An integer
+ * division takes 25 instructions, one after the other. */
+inline uint32_t reciprocal(int d) { return uint32_t((0xffffffffu + uint64_t(d)) / uint32_t(d)); }
+__device__ __forceinline__ int quotient(int x, uint32_t over)
+{
+    return over > 0 ? int(__umulhi(uint32_t(x), over)) : x;
+}
 
 /* Query rows of part i of query block r: the first of them, and how many (below 1: none). */
 __device__ __forceinline__ int part_rows(const Selection &s, int r, int i, int *first)

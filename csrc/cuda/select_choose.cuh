@@ -81,21 +81,16 @@ __device__ __forceinline__ void choose_frames(const Selection &s, const float *s
     const int all = int(s.p.k_frames), past = all - int(s.p.q_frames);
     const int first = int(s.p.sink_frames), last = past - int(s.p.near_frames);
     const int wanted = int(s.p.keep_frames) - first - int(s.p.near_frames);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     for (int t = first + int(threadIdx.x); t < last; t += CUT_THREADS)
         keys[t] = sort_key(frame_score<SCORE>(s, scores + t * s.frame_blocks));
     cut_sync();
-    for (int t = warp; t < all; t += CUT_WARPS) {
+    for (int t = threadIdx.x; t < all; t += CUT_THREADS) {
+        const bool middle = t >= first && t < last;
         int better = 0;
-        if (t >= first && t < last) {
-            const uint32_t mine = keys[t];
-            for (int u = first + lane; u - lane < last; u += 32) {
-                const uint32_t key = u < last ? keys[u] : 0;
-                better += __popc(__ballot_sync(~0u, key > mine || (key == mine && u < t)));
-            }
-        }
-        if (lane == 0) chosen[t] = t < first || t >= last || better < wanted;
+        for (int u = first; middle && u < last; u++)  // a tie goes to the lower number
+            better += keys[u] + uint32_t(u < t) > keys[t];
+        chosen[t] = !middle || better < wanted;
     }
     cut_sync();
 }
@@ -128,7 +123,8 @@ __device__ __forceinline__ void make_keys(const Selection &s, const float *score
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t low = ~0u, high = 0;
     for_each(scores, s.blocks, [&](int j, float score) {
-        const uint32_t key = by_frame && !frames[j / s.frame_blocks] ? 0 : sort_key(score);
+        const uint32_t key =
+            by_frame && !frames[quotient(j, s.over_frame_blocks)] ? 0 : sort_key(score);
         keys[j] = key;
         low = min(low, key - 1);  // 0, no candidate, becomes the largest
         high = max(high, key);

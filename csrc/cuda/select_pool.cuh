@@ -70,15 +70,16 @@ template <typename T>
 __device__ __forceinline__ Rows<T> rows_of_part(const Selection &s, const Unit &u, int bh, int part,
                                                 int octet, int *n)
 {
-    const int block = part / u.per_block, i = part - block * u.per_block;
     int row;
     *n = 0;
     if (u.queries) {
-        if (block < s.q_blocks) *n = part_rows(s, block, i, &row);
+        const int block = quotient(part, s.over_block_parts);
+        if (block < s.q_blocks) *n = part_rows(s, block, part - block * s.block_parts, &row);
         return rows_of<T>(s.p.q, s, bh, row, octet, s.q_vectors);
     }
-    const int frame = block / s.frame_blocks;
-    if (frame < s.new_frames) *n = key_part_tokens(s, block - frame * s.frame_blocks, i, &row);
+    const int block = part / 4, frame = quotient(block, s.over_frame_blocks);
+    if (frame < s.new_frames)
+        *n = key_part_tokens(s, block - frame * s.frame_blocks, part % 4, &row);
     const int64_t token = (s.p.means_frames + frame) * s.p.frame_tokens + row;
     return rows_of<T>(s.p.k, s, bh, token, octet, s.k_vectors);
 }
