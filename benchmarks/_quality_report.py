@@ -10,6 +10,7 @@ import numpy as np
 from _judge import Tally
 from _judge import text as judged_text
 from _paired import difference, interval, show
+from _rules import OTHER_STEPS, STEPS, steps_note
 
 from lightforcing.selectors import make, names
 
@@ -65,7 +66,27 @@ QUESTIONS = {
         ("mean cag q128", "mean cag"),
         ("hsa cag q128", "hsa cag"),
     ],
+    "Ours, blocks by forward of a chunk": [
+        ("mass count steps", "mass count"),
+        ("mass count steps", "hsa cag"),
+        ("mass count steps", "oracle cag"),
+        ("mass count steps guarantee", "mass count steps"),
+        ("mass count steps budget", "mass count steps"),
+        ("mass count q128 steps", "mass count q128"),
+        ("mass count q128 steps", "mass count steps"),
+        ("mass cag steps", "mass cag"),
+        ("mass-fine count steps", "mass-fine count"),
+        ("mass-fine count steps", "mass count steps"),
+        ("lse count steps", "lse count"),
+        ("lse count steps", "mass count steps"),
+        ("hsa cag steps", "hsa cag"),
+        *((f"mass count step {i} dense", "mass count") for i in range(len(STEPS))),
+        *((f"mass count{steps_note(shares)}", "mass count steps") for shares in OTHER_STEPS),
+    ],
     "Presets as shipped": [
+        ("preset fast", "preset fast even"),
+        ("preset balanced", "preset balanced even"),
+        ("preset quality", "preset quality even"),
         ("preset fast", "preset paper"),
         ("preset balanced", "preset fast"),
         ("preset quality", "preset balanced"),

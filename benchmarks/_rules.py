@@ -7,7 +7,7 @@ total out otherwise, by largest remainders.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -81,8 +81,8 @@ class Row:
 
     Attributes:
         name: unique in its table.
-        group: ``main``, ``presets``, ``laws``, ``pareto``, ``chunks`` (H1), ``frames`` (H4) or
-            ``extras``.
+        group: ``main``, ``presets``, ``laws``, ``pareto``, ``chunks`` (H1), ``frames`` (H4),
+            ``steps`` or ``extras``.
         selector: a name that ``lightforcing.patch`` knows; None leaves every call dense.
         kept: blocks a row of queries keeps in chunks 2, 3 ...; 0 leaves a chunk dense.
         settings: further fields of ``lightforcing.Config``; they win over ``selector``. A budget
@@ -174,8 +174,8 @@ TABLES = {64: Table(64, 16, 16, 64), 128: Table(128, 64, 64, 16)}
 # Most wanted first: a run that is cut short has the rows that matter.
 KEY = (("mean", "uniform"), ("mean", "cag"), ("mean", "count"), ("hsa", "cag"), ("mass", "cag"),
        ("mass", "count"))  # fmt: skip
-MAIN = ("lse", "sta", "random", "radial", "vmoba", "sparge-topp", "sparge-sim", "vsa", "sparge",
-        "vsa-cube", "oracle", "mass-fine")  # fmt: skip
+RIVALS = ("lse", "sta", "random", "radial", "vmoba", "sparge-topp", "sparge-sim", "vsa", "sparge",
+          "vsa-cube")  # fmt: skip
 LAWS_OF = (
     ("mass", "uniform"),
     ("hsa", "uniform"),
@@ -183,9 +183,17 @@ LAWS_OF = (
     ("mean", "reversed"),
     ("lse", "count"),
 )
+STEPS = lf.Config.preset("fast").step_share
+OTHER_STEPS = ((0.6, 0.6, 0.8, 2, 1), (0.1, 0.4, 0.7, 3.1, 0.7), (0.1, 0.2, 0.4, 3.6, 0.7))
+KEY_NAMES = ("dense", *(f"{s} {law}" for s, law in KEY), "mass count steps")
 SIDE, FEW = 0.5, 0.25  # share of the clips for side questions, and for what needs no more
-# Seconds a batch to choose blocks on a GPU; cells of 2 tokens (64 px) are no kernel's.
-COSTLY = {"oracle": 0.25, "mass-fine": {64: 0.25, 128: 0.5}}
+# Seconds a batch to choose blocks on a GPU.
+COSTLY = {"oracle": 0.25, "mass-fine": 0.5}
+
+
+def steps_note(shares):
+    """How a row's name says that the forwards of a chunk have other shares than the presets'."""
+    return " steps " + " ".join(f"{x:g}" for x in shares)
 
 
 def key_rows(table):
@@ -207,24 +215,30 @@ def rows(table, selectors):
 
     def add(group, selector, law, note="", keep=1 - TARGET, kept=None, share=SIDE, /, **settings):
         if selector in selectors:
-            most = COSTLY.get(selector, 1.0)
-            share = min(share, most[table.view] if isinstance(most, dict) else most)
+            share = min(share, COSTLY.get(selector, 1.0))
             kept = table.counts(law, keep) if kept is None else kept
             made.append(Row(f"{selector} {law}{note}", group, selector, kept, settings, share))
 
     made += [preset_row(p, table) for p in ("paper", "fast", "balanced", "quality")]
+    add("main", "mass", "count", " steps", 1 - TARGET, None, 1.0, step_share=STEPS)
+    even = [preset_row(p, table, " even", step_share=None) for p in ("fast", "balanced", "quality")]
+    made += [replace(row, clips=SIDE) for row in even]
+    for shares in OTHER_STEPS:  # what lies next to the shares of the presets
+        add("steps", "mass", "count", steps_note(shares), step_share=shares)
     if large:  # at 128 rows a query block, as shipped: what do half of them, and the law, bring?
         made.append(preset_row("quality", table, " q64", block_q=64))
         made.append(preset_row("fast", table, " q64", block_q=64))
         made.append(preset_row("quality", table, " linear", law="linear"))
         for selector, law in (("mass", "count"), ("mean", "cag"), ("hsa", "cag")):
             add("main", selector, law, " q128", 1 - TARGET, None, 1.0, block_q=128)
+        settings = dict(block_q=128, step_share=STEPS)
+        add("main", "mass", "count", " q128 steps", 1 - TARGET, None, 1.0, **settings)
     for name, kept in starved(table).items():
         add("chunks", "mean", name, "", 1 - TARGET, kept, FEW)
     for kept, sink, near in ((3, 1, 2), (9, 1, 2), (12, 1, 2), (6, 0, 0)):
         add("frames", "hsa", "cag", f" {kept}/{sink}/{near}", 1 - TARGET, None, few,
             keep_frames=kept, sink_frames=sink, near_frames=near)  # fmt: skip
-    for selector in MAIN:
+    for selector in RIVALS:
         add("main", selector, "cag", "", 1 - TARGET, None, 1.0)
     frames = dict(selector=None, score="mass", hierarchy=True)
     forced = dict(name="mass", guarantee=0.25, sink_frames=1, near_frames=2)
@@ -234,11 +248,24 @@ def rows(table, selectors):
     add("extras", "mass", "cag", " frames", **frames)
     add("extras", "mass", "count", " raster", layout="raster")
     add("extras", "mean", "cag", " raster", layout="raster")
-    add("extras", "mass-fine", "count")
+    for law in ("cag", "count"):
+        add("extras", "mass-fine", law)
+    for selector, law in (
+        ("mass", "cag"),
+        ("mass-fine", "count"),
+        ("lse", "count"),
+        ("hsa", "cag"),
+    ):
+        add("extras", selector, law, " steps", step_share=STEPS)
+    add("extras", "mass", "count", " steps guarantee", step_share=STEPS, selector=forced)
+    add("extras", "mass", "count", " steps budget", step_share=STEPS, budget=CALIBRATED)
+    for step in range(len(STEPS)):  # more blocks: which forward of a chunk loses how much?
+        add("extras", "mass", "count", f" step {step} dense", 1 - TARGET, None, few,
+            dense_steps=(step,))  # fmt: skip
     for selector, law in LAWS_OF:
         add("laws", selector, law)
-    if not large:  # half a minute at 128 px, whose question 64 px answers
-        add("laws", "oracle", "count")
+    for law in ("cag",) if large else ("cag", "count"):  # three quarters of a minute at 128 px
+        add("laws", "oracle", law)
     for keep in (0.05, 0.20, 0.30):
         for selector, law in (("mass", "count"), ("hsa", "cag"), ("mean", "cag"), ("mass", "cag")):
             add("pareto", selector, law, f" keep {keep:g}", keep, None, few)

@@ -21,6 +21,8 @@ PAIRS = (
     ("mass cag", "hsa cag"),
     ("mass count", "hsa cag"),
     ("mass count", "mass cag"),
+    ("mass count steps", "mass count"),
+    ("mass count steps", "hsa cag"),
 )
 
 

@@ -47,14 +47,14 @@ from _arguments import count, device, duration, new_file, new_folder, number, ol
 from _compiled import compiled
 from _judge import Tally, judge, text
 from _paired import Store, digest, load_rows
-from _rules import CALIBRATED, CHUNK, CHUNKS, KEY, TABLES, Row, rows
+from _rules import CALIBRATED, CHUNK, CHUNKS, KEY_NAMES, TABLES, Row, rows
 from cpu import commit, cpu_name
 
 import lightforcing as lf
 from lightforcing import capturing, selectors
 
 CALIBRATION = 1_000_000  # exam clips from this number on are measured for budgets, not scored
-FIRST = ("main", "presets", "chunks", "frames")  # groups that come before recall
+FIRST = ("main", "presets", "steps", "chunks", "frames")  # groups that come before recall
 JUDGED_STEPS = (0, 2, 4)  # of five: the first, the third, and the pass that fills the cache
 
 
@@ -329,10 +329,10 @@ def chosen(every, only):
     """Rows by name, selector or group, the dense one always; ``key`` is those of every training."""
     more = {r.selector for r in every} | {r.group for r in every} | {"key"}
     known(only, [r.name for r in every], "row", more)
-    asked, key = set(only), {f"{s} {law}" for s, law in KEY}
+    asked = set(only)
 
     def wanted(row):
-        kinds = {row.name, row.selector, row.group} | ({"key"} if row.name in key else set())
+        kinds = {row.name, row.selector, row.group} | ({"key"} if row.name in KEY_NAMES else set())
         return not only or row.selector is None or bool(kinds & asked)
 
     return [r for r in every if wanted(r)]

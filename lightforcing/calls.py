@@ -128,11 +128,7 @@ class Calls:
         """A chunk ended after so many forwards: are they those that step_share is for?"""
         if now < start or (start == 0 and forwards == 1):  # a new video; a first chunk only cached
             return
-        self.forwards, numbers = forwards, len(self.config.step_share)
-        self._shared = forwards == numbers
-        if not self._shared:
-            text = "step_share has %d numbers, a chunk %d forwards: all keep the same (said once)"
-            self._say(text, numbers, forwards)
+        self.forwards, self._shared = forwards, forwards == len(self.config.step_share)
 
     @property
     def share_misfits(self):
@@ -279,14 +275,9 @@ class Calls:
         return self._schedules[key]
 
     def _warn(self, reason, layer, chunk=None):
-        self._say("%s: dense because of %s (said once)", _where(layer, chunk), reason)
-
-    def _say(self, text, *values):
-        """A warning, once for its text and last value."""
-        key = text, values[-1]
-        if key not in self._warned and not torch.compiler.is_compiling():
-            self._warned.add(key)
-            logger.warning(text, *values)
+        if reason not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(reason)
+            logger.warning("%s: dense because of %s (said once)", _where(layer, chunk), reason)
 
 
 def _where(layer, chunk):

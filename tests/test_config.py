@@ -8,8 +8,10 @@ import lightforcing as lf
 from lightforcing import Config
 
 
-def test_defaults_are_the_balanced_preset():
-    assert Config() == Config.preset() == Config.preset("balanced")
+def test_defaults_are_the_balanced_preset_but_for_shares_of_steps():
+    assert Config.preset() == Config.preset("balanced")
+    assert Config() == Config.preset(step_share=None)
+    assert len(Config.preset().step_share) == 5 and Config.preset("paper").step_share is None
 
 
 @pytest.mark.parametrize(

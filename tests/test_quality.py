@@ -260,7 +260,7 @@ def test_only():
     assert picked == ["dense", "mass count", "lse cag", "lse count"]
     key = [r.name for r in quality.chosen(every, ["key"])]
     assert key == ["dense", "mean uniform", "mean cag", "mean count", "hsa cag", "mass cag",
-                   "mass count"]  # fmt: skip
+                   "mass count", "mass count steps"]  # fmt: skip
     assert {r.group for r in quality.chosen(every, ["presets"])[1:]} == {"presets"}
     with pytest.raises(ValueError, match="no row best; there are dense, mean uniform"):
         quality.chosen(every, ["best"])

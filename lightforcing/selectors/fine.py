@@ -10,7 +10,8 @@ from ..blocks import frame_blocks
 from .exact import over_blocks
 from .rank import Scored, block_means
 
-SLAB = 64 << 20  # bytes of logits at a time
+SLAB = 64 << 20  # bytes of logits at a time, on a CPU
+SLAB_GPU = 1 << 30  # products of a few rows each leave a GPU idle
 LEAST = 16  # tokens of the smallest block of select_blocks, which has cells of a quarter
 
 
@@ -65,7 +66,8 @@ class Fine(Scored):
         weight = torch.full((rows, 1), float(cell), device=q.device)
         weight[-1:].fill_(float(g.q_len - cell * (rows - 1)))
         cells = g.block_q // cell
-        step = max(1, SLAB // (4 * km.shape[-1] * q.shape[0] * q.shape[2] * cells)) * cells
+        slab = SLAB_GPU if q.is_cuda else SLAB
+        step = max(1, slab // (4 * km.shape[-1] * q.shape[0] * q.shape[2] * cells)) * cells
         out = []
         for begin in range(0, rows, step):
             p = (qm[:, :, begin : begin + step] @ km + bias).softmax(-1)
