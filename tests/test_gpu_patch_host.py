@@ -84,7 +84,8 @@ def test_a_captured_chunk_replays_like_eager(kernel, model, preset):
 
 def test_several_streams_take_turns(kernel, model):
     """A video a stream, chunk by chunk in turn; nobody waits for anybody."""
-    with torch.no_grad(), lf.patched(model, "fast", strict=True):
+    settings = dict(strict=True, step_share=None)  # which would learn from the first video
+    with torch.no_grad(), lf.patched(model, "fast", **settings):
         caches = [model.new_cache(12, *SIZE) for _ in range(3)]
 
         def step(cache, seed, c):
@@ -151,7 +152,7 @@ def test_memory_of_host_and_device_is_flat_over_10000_calls(kernel):
         begin(model, cache, 0, chunks=3)
         del layer.forward
         (args, kwargs), *_ = told
-        with lf.patched(model, "fast", strict=True) as handle:
+        with lf.patched(model, "fast", strict=True, step_share=None) as handle:
 
             def run(count):
                 for _ in range(count):

@@ -28,7 +28,7 @@ from lightforcing.selectors import (
 from lightforcing.step import Step
 
 SCHEDULE = [0, 0.5, 0.6, 0.7, 0.8]
-SETTINGS = {"schedule": SCHEDULE, "block_q": 32, "block_k": 16, "strict": True}
+SETTINGS = {"schedule": SCHEDULE, "block_q": 32, "block_k": 16, "strict": True, "step_share": None}
 EXACT = [n for n in names() if selectors.make(n).exact]
 
 
