@@ -101,7 +101,9 @@ def _plan(d, config, schedule, visit, turn):
         return reasons.ZERO
     d.asked = d.sparsity
     blocks, kept, keep_frames = _counts(d, config)
-    if 0 <= turn < len(config.step_share or ()) and kept < blocks:
+    # A query of several chunks is a cache made anew, whatever the number of its forward.
+    shared = 0 <= turn < len(config.step_share or ()) and d.query <= d.size
+    if shared and kept < blocks:
         kept = int(Budget((config.step_share,)).counts(kept, blocks)[0, turn])
         d.asked = max(0.0, 1 - (kept + 0.5) / blocks)  # the middle of what keeps so many
         blocks, kept, keep_frames = _counts(d, config)

@@ -10,7 +10,8 @@ class Frozen:
 
     def __init__(self, **values):
         """Its attributes, by name."""
-        vars(self).update(values)
+        for name, value in values.items():  # not vars(self): torch.compile cannot trace that
+            object.__setattr__(self, name, value)
 
     def __setattr__(self, name, value):
         """No."""

@@ -149,3 +149,17 @@ def test_a_list_cannot_be_changed_and_copies_are_equal():
         assert again._row()[2:] == made._row()[2:] and again.keep_frames is None
         assert type(again) is lf.BlockList and again != made and repr(again) == repr(made)
     assert made == made and len({made, made}) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("score", ["mean", "mass"])
+def test_made_in_a_compiled_function(score):
+    """torch.compile traces the making of a list; what it cannot follow breaks the graph."""
+    k = torch.randn(1, 256, 2, 64)
+    options = dict(frame_tokens=64, sparsity=0.5, score=score)
+
+    def call(q, k):
+        return lf.attention(q * 1.0, k, k, **options) + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(k[:, :64], k), call(k[:, :64], k))

@@ -150,3 +150,16 @@ def test_beside_refresh():
 def test_what_is_no_share(share, error, message):
     with pytest.raises(error, match=message):
         lf.Config(step_share=share)
+
+
+def test_a_query_of_several_chunks_takes_the_even_number(kept):
+    """It makes a cache anew, in mid-video too: no denoising step."""
+    model = ar.make(layers=LAYERS)
+    cache = ar.new_cache(model)
+    with lf.patched(model, config=lf.Config(**SMALL, step_share=(0, 1, 2))):
+        for chunk in range(2):
+            for _ in range(FORWARDS):
+                model(ar.noise(3), kv_cache=cache, current_start=3 * chunk * ar.T)
+        kept.clear()
+        model(ar.noise(6), kv_cache=cache, current_start=6 * ar.T)
+    assert kept == [9] * LAYERS  # of 24, by the schedule of the fourth chunk
