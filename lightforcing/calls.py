@@ -1,7 +1,7 @@
 """What a patched layer calls: place each attention call in the video, decide, and count it."""
 
 import logging
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 
 import torch
 from torch.autograd import forward_ad
@@ -38,12 +38,12 @@ class Calls:
         c = self.config
         self.record = Record()
         self._sparse = Sparse(c)
-        self._steps = defaultdict(OrderedDict)  # by layer: cache -> [first frame, calls before]
+        self._steps = defaultdict(OrderedDict)  # by layer: cache -> first token, calls, fits
         self._schedules = {}
         self._decisions, self._last = Decisions(), None
         self._size, self._before = 0, None  # of this forward; its last layer
-        self.forwards = None  # of the last whole chunk, where step_share asks
-        self._shared = c.step_share is not None  # does step_share apply?
+        self.misfits = Counter()  # chunks of other numbers of forwards than step_share's
+        self.captured_even = False  # was a graph captured, where step_share does not apply?
         # Do the settings ask for nothing that differs from call to call of a kind, or is measured?
         self._even = not (c.timing or c.probe or c.dense_layers or c.dense_steps) and not (
             c.sparsity == 0 and c.schedule is None
@@ -89,7 +89,7 @@ class Calls:
         visit.frame_tokens = told
         visit.first_frame = call.start // told
         visit.window = self.config.window or call.window
-        visit.step = self._step(layer, call)
+        visit.step, visit.shared = self._step(layer, call, told)
         keys = call.keys
         if keys is not None and not keys.is_inference():
             visit.keys, visit.version = keys, keys._version
@@ -111,29 +111,30 @@ class Calls:
                     raise reasons.StrictError(f"{_where(layer, None)}: {reason}")
                 self._warn(reason, layer)
 
-    def _step(self, layer, call):
-        """How often this layer ran at this place of this cache before."""
+    def _step(self, layer, call, frame_tokens):
+        """How often this layer ran at this place of this cache before; does step_share apply?"""
         steps = self._steps[layer]
-        start, step = steps.pop(call.cache, (None, 0))
+        start, step, fits = steps.pop(call.cache, (None, 0, self.config.step_share is not None))
         if start != call.start:
             if start is not None and self.config.step_share is not None:
-                self._count(start, step, call.start)
+                fits = self._fits(layer, start, step, call.start, frame_tokens, fits)
             step = 0
-        steps[call.cache] = (call.start, step + 1)
+        steps[call.cache] = (call.start, step + 1, fits)
         if len(steps) > BUFFERS:
             steps.popitem(last=False)
-        return step
+        return step, fits
 
-    def _count(self, start, forwards, now):
-        """A chunk ended after so many forwards: are they those that step_share is for?"""
-        if now < start or (start == 0 and forwards == 1):  # a new video; a first chunk only cached
-            return
-        self.forwards, self._shared = forwards, forwards == len(self.config.step_share)
-
-    @property
-    def share_misfits(self):
-        """Did the last whole chunk have another number of forwards than step_share?"""
-        return self.config.step_share is not None and not self._shared
+    def _fits(self, layer, start, forwards, now, frame_tokens, before):
+        """A chunk ended after so many forwards: does the next one have those of step_share?"""
+        if now < start:  # a new video knows nothing of the last one
+            return True
+        several = self._size and now - start > self._size * frame_tokens  # a cache made anew
+        if several or (start == 0 and forwards == 1):  # or a given chunk, which is only cached
+            return before
+        fits = forwards == len(self.config.step_share)
+        if not fits and layer == 0:
+            self.misfits[forwards] += 1
+        return fits
 
     # ---- one attention call ---------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Calls:
         """What calls of this kind come to; None if the place in the video is not known."""
         if visit.first_frame is None:
             return None
-        turn = visit.step if self._shared else -1
+        turn = visit.step if visit.shared else -1
         known = key = None
         if type(q) is type(k) is type(v) is torch.Tensor and not (
             q.is_neg() or k.is_neg() or v.is_neg()
@@ -193,6 +194,7 @@ class Calls:
             facts, visit.address, visit.capture = known
             if visit.capture:
                 turn = -1  # whoever replays the graph does so in any forward of a chunk
+                self.captured_even = self.config.step_share is not None
             key = (facts, visit.first_frame, visit.frame_tokens, visit.window, turn, self._size)
             decision = self._decisions.get(key)
             if decision is not None:

@@ -96,9 +96,9 @@ class Config:
         step_share: what share of the kept blocks each forward of a chunk gets: its denoising steps
             in order, then the pass that fills the cache. Only the ratios matter, the sum over the
             forwards stays; None is the same for all. Where the chunk before had another number of
-            forwards all get the same, and the report says so; in a CUDA graph too, which may be
-            replayed in any of them. A given chunk, which is cached without denoising, counts as
-            a first step.
+            forwards all get the same, and the report says so; so they do in a CUDA graph, which
+            may be replayed in any of them. A given chunk, which is cached without denoising,
+            counts as a first step. Forwards of ``dense_steps`` take no part.
         dense_layers: layers that stay dense, counted from 0; negative from the end.
         dense_steps: denoising steps of a chunk that stay dense, counted from 0.
         strict: raise where a call would stay dense for a reason nobody asked for.

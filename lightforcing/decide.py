@@ -15,7 +15,7 @@ from .selectors.budget import Budget
 from .selectors.choose import grid_of, needs_grid
 from .step import Step
 
-MOST = 256  # kinds remembered; a chunk makes one or two
+MOST = 256  # kinds remembered; a chunk makes one or two, with step_share one a forward
 
 
 class Decision:
@@ -101,10 +101,11 @@ def _plan(d, config, schedule, visit, turn):
         return reasons.ZERO
     d.asked = d.sparsity
     blocks, kept, keep_frames = _counts(d, config)
+    shares = _shares(config)
     # A query of several chunks is a cache made anew, whatever the number of its forward.
-    shared = 0 <= turn < len(config.step_share or ()) and d.query <= d.size
-    if shared and kept < blocks:
-        kept = int(Budget((config.step_share,)).counts(kept, blocks)[0, turn])
+    if kept < blocks and turn in shares and d.query <= d.size:
+        place = list(shares).index(turn)
+        kept = int(Budget((tuple(shares.values()),)).counts(kept, blocks)[0, place])
         d.asked = max(0.0, 1 - (kept + 0.5) / blocks)  # the middle of what keeps so many
         blocks, kept, keep_frames = _counts(d, config)
     if kept >= blocks:
@@ -149,3 +150,10 @@ class Decisions:
             while len(self._known) >= MOST:
                 del self._known[next(iter(self._known))]
             self._known[key] = decision
+
+
+def _shares(config):
+    """step_share of the forwards that dense_steps leaves sparse, by their number; none if even."""
+    shares = dict(enumerate(config.step_share or ()))
+    shares = {i: x for i, x in shares.items() if i not in config.dense_steps}
+    return shares if any(shares.values()) else {}

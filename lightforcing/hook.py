@@ -52,8 +52,9 @@ keep_apart._torchdynamo_disable = True  # what torch.compiler.disable sets, with
 class Visit:
     """One forward of one layer, from entry to exit; lives on the stack only."""
 
-    __slots__ = ("hook", "call", "reason", "frame_tokens", "first_frame", "window", "step", "calls",
-                 "keys", "version", "address", "capture", "seen", "entry")  # fmt: skip
+    __slots__ = ("hook", "call", "reason", "frame_tokens", "first_frame", "window", "step",
+                 "shared", "calls", "keys", "version", "address", "capture", "seen",
+                 "entry")  # fmt: skip
 
     def __init__(self, hook):
         """A forward of ``hook``'s layer begins."""
@@ -64,6 +65,7 @@ class Visit:
         self.first_frame = None  # of the query, counted over the video
         self.window = None  # most resident frames
         self.step = 0  # forwards of this layer for this first frame of this cache before
+        self.shared = False  # does step_share apply?
         self.calls = 0  # attention calls made
         self.keys = None  # the layer's key cache, if versions of it are tracked
         self.version = None  # its version on entry

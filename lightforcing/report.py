@@ -300,11 +300,13 @@ def _tail(handle, values):
     raised = {c["chunk"]: c["keep_frames"] for c in values["chunks"] if "keep_frames" in c}
     for chunk, frames in raised.items():
         lines.append(f"keep_frames rose to {frames} in chunk {chunk}: the budget holds more blocks")
-    if handle.share_misfits:
+    for forwards, chunks in sorted(handle.misfits.items()):
         lines.append(
-            f"step_share is for {len(handle.config.step_share)} forwards a chunk, the last one had "
-            f"{handle.forwards}: all keep the same"
+            f"step_share is for {len(handle.config.step_share)} forwards a chunk, {chunks} had "
+            f"{forwards}: the chunk after keeps the same in all"
         )
+    if handle.captured_even:
+        lines.append("step_share does not apply in a CUDA graph: all its forwards keep the same")
     if values["calls"] and not values["sparse_calls"]:
         lines.append(f"none of the {values['calls']} calls was sparse{_why_none(handle, values)}")
     elif values["density"]:

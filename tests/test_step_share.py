@@ -80,10 +80,10 @@ def test_any_selector_keeps_the_sum(selector):
 def test_chunks_with_other_forwards_keep_the_same_and_the_report_says_so(kept):
     _, handle, _, report = run((0.1, 0.4, 0.7, 3.1, 0.7))
     assert by_chunk(kept) == [[4] * 3, [7] * 3, [9] * 3]
-    assert "step_share is for 5 forwards a chunk, the last one had 3: all keep the same" in report
+    assert "step_share is for 5 forwards a chunk, 3 had 3: the chunk after keeps the same" in report
     assert "blocks by step 0.1 0.4 0.7 3.1 0.7" in report
     handle.reset()
-    assert "the last one had" not in handle.report()
+    assert "step_share is for" not in handle.report()
 
 
 def test_calls_without_denoising_steps_keep_the_same(kept):
@@ -156,10 +156,35 @@ def test_a_query_of_several_chunks_takes_the_even_number(kept):
     """It makes a cache anew, in mid-video too: no denoising step."""
     model = ar.make(layers=LAYERS)
     cache = ar.new_cache(model)
-    with lf.patched(model, config=lf.Config(**SMALL, step_share=(0, 1, 2))):
+    with lf.patched(model, config=lf.Config(**SMALL, step_share=(0, 1, 2))) as handle:
         for chunk in range(2):
             for _ in range(FORWARDS):
                 model(ar.noise(3), kv_cache=cache, current_start=3 * chunk * ar.T)
         kept.clear()
         model(ar.noise(6), kv_cache=cache, current_start=6 * ar.T)
-    assert kept == [9] * LAYERS  # of 24, by the schedule of the fourth chunk
+        assert kept == [9] * LAYERS  # of 24, by the schedule of the fourth chunk
+        for _ in range(FORWARDS):
+            model(ar.noise(3), kv_cache=cache, current_start=12 * ar.T)
+        assert not handle.misfits
+    assert [sum(kept[LAYERS * i : LAYERS * (i + 1)]) for i in range(1, 4)] == [2, 24, 46]
+
+
+def test_each_video_starts_anew(kept):
+    """Numbers of forwards that one video taught do not change the next, nor another cache."""
+    model = ar.make(layers=LAYERS)
+    with lf.patched(model, config=lf.Config(**SMALL, step_share=(0.1, 0.6, 1, 2.6, 0.7))) as handle:
+        seen = []
+        for cache in (one := ar.new_cache(model), one, ar.new_cache(model)):
+            kept.clear()
+            for chunk, forwards in enumerate((1, 3, 3)):  # the first chunk is given
+                for _ in range(forwards):
+                    model(ar.noise(3), kv_cache=cache, current_start=3 * chunk * ar.T)
+            seen += [by_chunk(kept)]
+        assert seen[0] == seen[1] == seen[2] and len(set(seen[0][0])) == 3
+        assert "forwards a chunk, 3 had 3: the chunk after keeps the same in all" in handle.report()
+
+
+def test_dense_steps_take_no_part(kept):
+    stats = run((1, 1, 2), dense_steps=(1,))[2]
+    assert by_chunk(kept, 2) == [[3, 5], [5, 9], [6, 12]]
+    assert stats["dense"]["dense step"] == CHUNKS * LAYERS
