@@ -201,6 +201,7 @@ def summary(result: dict) -> str:
     lines += [
         "kept: share of the key blocks after the first chunk; PSNR in dB against the true",
         "continuation: whole frame, background seen before, regions that come back into view;",
+        "recall: mean over the sparse forwards, of which fast gives the first few blocks;",
         "glyphs: right if the nearest of 16 patterns is the true one; a faint trace counts, and",
         "guessing is right 1 time in 16; attention: of the whole rollout, choosing blocks included",
         "wrote " + ", ".join([*result["files"], f"{Path(result['files'][0]).parent}/report.json"]),
