@@ -186,6 +186,8 @@ class Config:
             object.__setattr__(self, "selector", None)
         if self.budget is not None and self.selector is None and self.hierarchy:
             raise ValueError("budget: expected hierarchy=False or a selector beside it, got hsa")
+        if isinstance(self.step_share, (set, frozenset)):
+            raise TypeError(f"step_share: expected a list, in order, got {self.step_share!r}")
         put("step_share", _optional(_tuple_of(_number)), 0.0, 1e6)
         if self.step_share is not None and not sum(self.step_share):
             raise ValueError(
@@ -380,7 +382,7 @@ def _optional(check):
 
 def _tuple_of(check):
     def checked(name, value, *limits):
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
+        if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
             raise TypeError(f"{name}: expected a list, got {value!r}")
         return tuple(check(name, item, *limits) for item in value)
 

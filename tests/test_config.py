@@ -181,3 +181,26 @@ def test_numpy_numbers_become_plain_ones():
     c = Config(sparsity=np.float32(0.5), window=np.int64(12), chunk_ends=np.array([3, 6]))
     assert (type(c.sparsity), type(c.window), c.chunk_ends) == (float, int, (3, 6))
     assert Config.from_json(c.to_json()) == c
+
+
+@pytest.mark.parametrize(
+    "share, error, sentence",
+    [
+        ((1, -1), ValueError, r"step_share: expected a number in \[0, 1e\+06\], got -1"),
+        ((1, float("nan")), ValueError, "step_share: expected a number in .*got nan"),
+        ((1, "a"), TypeError, "step_share: expected a number.*got 'a'"),
+        ((0, 0), ValueError, r"step_share: expected numbers that are not all 0, got \[0.0, 0.0\]"),
+        ("abc", TypeError, "step_share: expected a list, got 'abc'"),
+        (b"abc", TypeError, "step_share: expected a list, got b'abc'"),
+        ({1, 2}, TypeError, "step_share: expected a list, in order, got {1, 2}"),
+        (3, TypeError, "step_share: expected a list, got 3"),
+    ],
+)
+def test_step_share_is_judged(share, error, sentence):
+    with pytest.raises(error, match=sentence):
+        Config(step_share=share)
+
+
+def test_step_share_stands_beside_no_refresh():
+    with pytest.raises(ValueError, match="step_share: expected None beside refresh = 2"):
+        Config(step_share=(1, 2), refresh=2)
